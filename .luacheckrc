@@ -1,0 +1,6 @@
+std = "lua54"
+max_line_length = 140
+exclude_files = { "build*", ".luarocks", "lua/moe/library" }
+files["spec"] = { std = "+busted" }
+files["rockspec"] = { std = "+rockspec" }
+files[".busted"] = { std = "lua54" }
