@@ -86,9 +86,10 @@ function helper.difference(expected, got, opts)
     end
   end
   if where then
-    return ("%d of %d elements differ; the worst at %s of %s: expected %.9g, got %.9g (error %.3g, relative %.3g; allowed %g + %g * |expected|)")
-      :format(count, #a, helper.position(where, sa), shape_text(sa), a[where], b[where], math.abs(b[where] - a[where]),
-        math.abs(b[where] - a[where]) / math.max(math.abs(a[where]), 1e-300), atol, rtol)
+    local err = math.abs(b[where] - a[where])
+    return ("%d of %d elements differ; the worst at %s of %s: expected %.9g, got %.9g "
+      .. "(error %.3g, relative %.3g; allowed %g + %g * |expected|)"):format(count, #a, helper.position(where, sa),
+      shape_text(sa), a[where], b[where], err, err / math.max(math.abs(a[where]), 1e-300), atol, rtol)
   end
   return nil, largest
 end
