@@ -48,7 +48,7 @@ void moe_gemm_tile(int64_t m, int64_t n, int64_t k, int64_t *tile_m, int64_t *ti
     double work = 2.0 * (double)tm * (double)tn * (double)k;
     if (work < (vector ? 131072.0 : 2 * TASK_FLOPS)) break;
     if (*side < (vector ? 32 : tiles < 2 ? 64 : 256)) break;
-    if (tiles >= 8 && work < 128 * TASK_FLOPS) break;
+    if (tiles >= 8 && work < 256 * TASK_FLOPS) break;
     *side = (*side / 2 + 15) / 16 * 16;
     tiles *= 2;
   }
