@@ -1,0 +1,32 @@
+#include "base/err.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+static _Thread_local char message[1024];
+static _Thread_local moe_status last_code;
+
+moe_status moe_fail(moe_status code, const char *fmt, ...) {
+  va_list ap;
+  va_start(ap, fmt);
+  vsnprintf(message, sizeof message, fmt, ap);
+  va_end(ap);
+  last_code = code;
+  return code;
+}
+
+moe_status moe_fail_prefix(const char *prefix) {
+  char old[sizeof message];
+  memcpy(old, message, sizeof old);
+  snprintf(message, sizeof message, "%s: %s", prefix, old);
+  return last_code;
+}
+
+const char *moe_error(void) { return message; }
+moe_status moe_error_code(void) { return last_code; }
+
+void moe_error_clear(void) {
+  message[0] = '\0';
+  last_code = MOE_OK;
+}

@@ -1,0 +1,14 @@
+#include "tensor/env.h"
+
+#include <stddef.h>
+
+static _Thread_local moe_env thread_env = {.rng = {.seed = 0x6d6f65}};
+static _Thread_local moe_env *current;
+
+moe_env *moe_env_now(void) { return current ? current : &thread_env; }
+
+moe_env *moe_env_set(moe_env *env) {
+  moe_env *old = current;
+  current = env;
+  return old;
+}
