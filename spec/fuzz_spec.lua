@@ -1,0 +1,288 @@
+-- Random calls with random arguments at the whole public interface: whatever comes, the answer is a result or an
+-- ordinary Lua error whose message is a string that names the function. MOE_FUZZ_SEED repeats a run, MOE_FUZZ_CALLS
+-- sets the number of calls.
+local helper = require "spec.helper"
+local moe = require "moe"
+local doc = require "moe.doc"
+
+local SEED = tonumber(os.getenv "MOE_FUZZ_SEED") or 20240607
+local CALLS = tonumber(os.getenv "MOE_FUZZ_CALLS") or 100000
+
+-- Not called: what reads a terminal, writes files, runs for long, or changes the process for the specs that follow.
+local SKIP = {
+  ["moe.help"] = "prints", ["moe.threads"] = "starts threads", ["moe.gradcheck"] = "runs for long",
+  ["moe.io.save"] = "writes files", ["moe.docgen"] = "writes files",
+}
+local SKIP_GROUP = { repl = true, help = true }
+
+-- Sizes that a product of a few keeps small, sizes that no machine has, and the edges.
+local SMALL = { 0, 1, 2, 3, 4, 5, 7, -1, -2, -3 }
+local ODD = {
+  1 << 52, math.maxinteger, math.mininteger, -(1 << 52), 1 << 62, 0.5, -0.0, 1e300, -1e300, math.huge, -math.huge, 0 / 0,
+  1e-320, 2.0, -7,
+}
+local WORDS = {
+  "", "f32", "f64", "bf16", "f16", "i64", "i32", "u8", "bool", "cpu", "cuda", "cuda:99", "mean", "sum", "none", "erf", "tanh",
+  "ij,jk->ik", "ii->i", "i,i->", "...ij->...ji", "ij->k", "nonsense", "softmax", "sigmoid", "\0\1\255", ("x"):rep(300), "3",
+  "%s%n%d", "constant", "reflect",
+}
+local KEYS = {
+  "dim", "keepdim", "dtype", "device", "requires_grad", "k", "eps", "lr", "d_model", "num_experts", "top_k", "bias", "p",
+  "n", "size", "betas", "steps", "score", "no_such_option", 1, 2, 1.5, true,
+}
+
+local function fuzzer(seed)
+  local r = helper.random(seed)
+  local function pick(list) return list[r(#list)] end
+  local pool, anything = {}, nil
+  local DTYPES = { "f32", "f32", "f32", "f64", "bf16", "f16", "i64", "i32", "u8", "bool" }
+
+  local function shape()
+    local s = {}
+    for d = 1, r(0, 4) do s[d] = r() < 0.06 and 0 or r(1, 5) end
+    return s
+  end
+
+  local function tensor()
+    if #pool > 0 and r() < 0.6 then return pick(pool) end
+    local dtype = pick(DTYPES)
+    local kind = r(4)
+    local t = helper.tensor(function()
+      if kind == 1 then return r(0, 4) elseif kind == 2 then return r(1, 3) end
+      local v = r.normal()
+      if kind == 4 and r() < 0.1 then v = pick { 0 / 0, math.huge, -math.huge, 0, 1e30 } end
+      if dtype == "i64" or dtype == "i32" or dtype == "u8" then v = r(0, 4) end
+      if dtype == "bool" then return v > 0 end
+      return v
+    end, shape(), { dtype = dtype })
+    if r() < 0.3 and (dtype == "f32" or dtype == "f64") then t.requires_grad = true end
+    if #t.shape > 1 and r() < 0.3 then t = t:transpose(1, -1) end
+    if r() < 0.02 then
+      t:close()
+      return t
+    end
+    if #pool < 60 then pool[#pool + 1] = t else pool[r(60)] = t end
+    return t
+  end
+
+  local FUNCTIONS = {
+    function(...) return ... end,
+    function(x) return x * 2 end,
+    function() return nil end,
+    function() error "callback failed" end,
+    function() error({}) end,
+    function() return moe.zeros(2, 2) end,
+    function(...) return select("#", ...) end,
+  }
+  local recursive = {}
+  recursive[1] = recursive
+  local hostile = setmetatable({}, {
+    __index = function() error "hostile index" end, __len = function() error "hostile length" end,
+    __pairs = function() error "hostile pairs" end, __tostring = function() error "hostile tostring" end,
+  })
+
+  local function number()
+    if r() < 0.8 then return pick(SMALL) end
+    return pick(ODD)
+  end
+
+  local function list(depth)
+    local t = {}
+    local make = pick { number, number, tensor, function() return anything(depth + 1) end }
+    for i = 1, r(0, 4) do t[i] = make() end
+    if r() < 0.1 then t[r(1, 9)] = anything(depth + 1) end
+    return t
+  end
+
+  local function options(depth)
+    local t = {}
+    for _ = 1, r(0, 3) do t[pick(KEYS)] = anything(depth + 1) end
+    return t
+  end
+
+  local thread = coroutine.create(function() end)
+  function anything(depth)
+    depth = depth or 0
+    local k = r(100)
+    if k <= 38 then return tensor()
+    elseif k <= 62 then return number()
+    elseif k <= 72 then return pick(WORDS)
+    elseif k <= 76 then return r() < 0.5
+    elseif k <= 79 then return nil
+    elseif k <= 88 then return depth < 3 and list(depth) or number()
+    elseif k <= 94 then return depth < 3 and options(depth) or number()
+    elseif k <= 98 then return pick(FUNCTIONS)
+    end
+    return pick { recursive, hostile, thread, io.stderr, print, moe, math }
+  end
+
+  -- An argument of the kind that the signature asks for.
+  local BY_KIND = {
+    tensor = tensor, operand = function() return r() < 0.8 and tensor() or number() end,
+    index = function()
+      return helper.tensor(function() return r() < 0.95 and r(1, 4) or pick { 0, -1, 99, math.maxinteger } end, shape(),
+        { dtype = pick { "i64", "i32", "u8" } })
+    end,
+    tensors = function()
+      local t = {}
+      for i = 1, r(1, 3) do t[i] = tensor() end
+      return t
+    end,
+    number = number, int = number,
+    dim = function() return pick { 1, 2, 3, -1, -2, 0, 9 } end, dims = function()
+      if r() < 0.5 then return pick { 1, 2, -1, 0 } end
+      return { pick { 1, 2, -1 }, pick { 1, 2, 3, -2 } }
+    end,
+    pos = function() return pick { 1, 2, 3, -1, 0, 99 } end,
+    ints = function()
+      local t = {}
+      for i = 1, r(0, 4) do t[i] = r() < 0.93 and r(0, 3) or number() end
+      return t
+    end,
+    bool = function() return r() < 0.5 end,
+    dtype = function() return pick(DTYPES) end, device = function() return r() < 0.8 and "cpu" or pick(WORDS) end,
+    string = function() return pick(WORDS) end,
+  }
+  local function by_signature(params)
+    local args = { n = #params }
+    for i, p in ipairs(params) do
+      if r() < 0.06 then
+        args[i] = anything()
+      elseif p.optional and r() < 0.5 then
+        args[i] = nil
+      elseif p.choices then
+        args[i] = r() < 0.9 and pick(p.choices) or pick(WORDS)
+      else
+        args[i] = (BY_KIND[p.kind] or anything)()
+      end
+    end
+    while args.n > 0 and args[args.n] == nil do args.n = args.n - 1 end
+    return args
+  end
+  local function garbage()
+    local args = { n = r(0, 5) }
+    for i = 1, args.n do args[i] = anything() end
+    return args
+  end
+  local function keep(value)
+    if type(value) == "userdata" and pcall(function() return value:numel() end) and value:numel() <= 4096 then
+      pool[#pool < 60 and #pool + 1 or r(60)] = value
+    end
+  end
+  return { r = r, tensor = tensor, anything = anything, by_signature = by_signature, garbage = garbage, keep = keep, pick = pick }
+end
+
+-- Every public function: { path, name, function, parameters or nil }.
+local function targets()
+  local list = {}
+  local params = {}
+  for _, row in ipairs(moe.core.ops()) do params["moe." .. row.name] = doc.parameters(row.args) end
+  local function add(path, name, f, p)
+    if not SKIP[path] then list[#list + 1] = { path = path, name = name, f = f, params = p } end
+  end
+  local function walk(prefix, t)
+    local names = {}
+    for name, value in pairs(t) do
+      if type(name) == "string" and type(value) == "function" and not name:match "^_" then names[#names + 1] = name end
+    end
+    table.sort(names)
+    for _, name in ipairs(names) do add(prefix .. name, name, t[name], params[prefix .. name]) end
+  end
+  walk("moe.", moe)
+  for _, group in ipairs(doc.GROUPS) do
+    local ok, value = pcall(function() return moe[group] end)
+    if ok and type(value) == "table" and not SKIP_GROUP[group] then walk("moe." .. group .. ".", value) end
+  end
+  for _, class in ipairs(doc.classes()) do
+    local names = {}
+    for name, value in pairs(class[2]) do
+      if type(name) == "string" and type(value) == "function" and not name:match "^__" and not name:match "^save" then
+        names[#names + 1] = name
+      end
+    end
+    table.sort(names)
+    for _, name in ipairs(names) do
+      add(class[1] .. ":" .. name, name, class[2][name], class[1] == "moe.Tensor" and params["moe." .. name:gsub("_$", "")])
+    end
+  end
+  return list
+end
+
+-- A message must name what was called; an error that a caller's own function raised is passed on as it is.
+local function names_function(message, target)
+  if message:find("callback failed", 1, true) or message:find("hostile", 1, true) then return true end
+  local bare = target.name:gsub("_$", "")
+  return message:find(bare, 1, true) ~= nil or message:find("memory", 1, true) ~= nil
+    or message:find("closed tensor", 1, true) ~= nil
+end
+
+describe("random calls", function()
+  it("give results or ordinary errors", function()
+    local fuzz = fuzzer(SEED)
+    local list = targets()
+    assert.truthy(#list > 50)
+    local calls = helper.sanitize and CALLS // 4 or CALLS
+    local trace = os.getenv "MOE_FUZZ_TRACE"
+    local unnamed, errors, results = {}, 0, 0
+    local random_print = io.output()
+    for i = 1, calls do
+      local target = list[fuzz.r(#list)]
+      local args
+      if target.params and fuzz.r() < 0.8 then
+        args = fuzz.by_signature(target.params)
+      else
+        args = fuzz.garbage()
+        if target.path:match "^moe%.Tensor:" and fuzz.r() < 0.9 then
+          table.insert(args, 1, fuzz.tensor())
+          args.n = args.n + 1
+        end
+      end
+      if trace then io.stderr:write(i, " ", target.path, "\n") end
+      local answer = table.pack(pcall(target.f, table.unpack(args, 1, args.n)))
+      if answer[1] then
+        results = results + 1
+        for k = 2, math.min(answer.n, 4) do fuzz.keep(answer[k]) end
+      else
+        errors = errors + 1
+        local message = answer[2]
+        if type(message) ~= "string" then
+          -- only an error value that a callback of ours raised may be no string
+          assert.equal("table", type(message), target.path .. ": the error is a " .. type(message))
+        elseif not names_function(message, target) and #unnamed < 40 then
+          unnamed[#unnamed + 1] = ("call %d, %s: %s"):format(i, target.path, message)
+        end
+      end
+      if i % 500 == 0 then
+        -- printing and indexing belong to the interface too
+        local t = fuzz.tensor()
+        pcall(tostring, t)
+        pcall(function() return t[fuzz.anything()] end)
+        pcall(function() t[fuzz.anything()] = fuzz.anything() end)
+        pcall(function() return t + fuzz.anything() end)
+      end
+    end
+    io.output(random_print)
+    assert(results > calls // 50, "too few of the calls succeed to say anything: " .. results)
+    assert(#unnamed == 0, ("seed %d: %d messages do not name the function:\n%s"):format(SEED, #unnamed,
+      table.concat(unnamed, "\n")))
+    assert.truthy(errors > 0)
+  end)
+
+  it("at operators and indices give results or ordinary errors", function()
+    local fuzz = fuzzer(SEED + 1)
+    local operators = {
+      function(a, b) return a + b end, function(a, b) return a - b end, function(a, b) return a * b end,
+      function(a, b) return a / b end, function(a, b) return a ^ b end, function(a, b) return a % b end,
+      function(a) return -a end, function(a) return #a end, function(a, b) return a == b end, function(a, b) return a < b end,
+      function(a, b) return a .. b end, function(a, b) return a[b] end, function(a, b, c) a[b] = c end,
+      function(a) return tostring(a) end, function(a, b) return a(b) end, function(a) return a.shape end,
+      function(a, b) return a[{ b }] end, function(a, b, c) return a[{ { b, c } }] end, function(a, b, c) a.requires_grad = b + c end,
+      function(a, b) return a // b end, function(a, b) return a & b end, function(a) return next, pairs(a) end,
+    }
+    for _ = 1, CALLS // 10 do
+      local f = operators[fuzz.r(#operators)]
+      local ok, message = pcall(f, fuzz.tensor(), fuzz.anything(), fuzz.anything())
+      if ok then fuzz.keep(message) else assert.truthy(type(message) == "string" or type(message) == "table") end
+    end
+  end)
+end)
