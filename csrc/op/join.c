@@ -2,16 +2,7 @@
 ** repeat_interleave flip roll pad. All but the first two are one kernel, `remap`: result dimension d at i
 ** reads x at position pos[d][i], or a fill value where that is -1.
 */
-#include "op/op.h"
-
-static bool absent(const moe_ctx *c, int i) { return c->arg[i].kind == MOE_K_none; }
-
-static moe_status gin_is(moe_ctx *c, int i, moe_tensor *g) {
-  if (g == NULL) return moe_error_code();
-  if (g->dtype != c->in[i].dtype) g = MOE_CALL(cast, T(g), I(c->in[i].dtype));
-  c->gin[i] = g;
-  return g ? MOE_OK : moe_error_code();
-}
+#include "op/arg.h"
 
 /* --- cat, stack --- */
 
@@ -37,7 +28,7 @@ moe_status moe_fwd_cat(moe_ctx *c) {
   moe_dtype dtype;
   MOE_TRY(check_list(c, x, n, &dtype));
   if (x[0]->ndim == 0) return OP_FAIL(c, "tensors without dimensions cannot be joined (hint: stack)");
-  int ndim = x[0]->ndim, dim = absent(c, 1) ? 0 : moe_arg_dim(c, 1, ndim);
+  int ndim = x[0]->ndim, dim = arg_absent(c, 1) ? 0 : moe_arg_dim(c, 1, ndim);
   if (dim < 0) return moe_error_code();
   int64_t shape[MOE_MAX_DIM];
   for (int d = 0; d < ndim; d++) shape[d] = x[0]->shape[d];
@@ -47,8 +38,8 @@ moe_status moe_fwd_cat(moe_ctx *c) {
       if (d != dim && x[k]->shape[d] != shape[d]) return differ(c, x, k, " outside of the joined dim");
     if (__builtin_add_overflow(shape[dim], x[k]->shape[dim], &shape[dim])) return OP_FAIL(c, "the result is too large");
   }
-  moe_tensor *y = moe_out(c, 0, ndim, shape, dtype);
-  if (y == NULL) return moe_error_code();
+  moe_tensor *y = moe_empty(ndim, shape, dtype, moe_dev(x[0]));
+  MOE_TRY(moe_set_out(c, 0, y));
   int64_t at = 0;
   for (int k = 0; k < n; at += x[k++]->shape[dim]) {
     if (moe_numel(x[k]) == 0) continue;
@@ -58,10 +49,10 @@ moe_status moe_fwd_cat(moe_ctx *c) {
 }
 
 moe_status moe_bwd_cat(moe_ctx *c) {
-  int dim = absent(c, 1) ? 0 : moe_arg_dim(c, 1, c->outs[0].ndim);
+  int dim = arg_absent(c, 1) ? 0 : moe_arg_dim(c, 1, c->outs[0].ndim);
   int64_t at = 0;
   for (int k = 0; k < c->nin; at += c->in[k++].shape[dim])
-    if (c->need[k]) MOE_TRY(gin_is(c, k, MOE_CALL(narrow, T(c->gout[0]), I(dim), I(at), I(c->in[k].shape[dim]))));
+    if (c->need[k]) MOE_TRY(gin_set(c, k, MOE_CALL(narrow, T(c->gout[0]), I(dim), I(at), I(c->in[k].shape[dim]))));
   return MOE_OK;
 }
 
@@ -72,13 +63,13 @@ moe_status moe_fwd_stack(moe_ctx *c) {
   MOE_TRY(check_list(c, x, n, &dtype));
   for (int k = 1; k < n; k++)
     if (!moe_same_shape(x[0], x[k])) return differ(c, x, k, "");
-  int ndim = x[0]->ndim, dim = absent(c, 1) ? 0 : moe_arg_dim(c, 1, ndim + 1);
+  int ndim = x[0]->ndim, dim = arg_absent(c, 1) ? 0 : moe_arg_dim(c, 1, ndim + 1);
   if (dim < 0) return moe_error_code();
   if (ndim == MOE_MAX_DIM) return OP_FAIL(c, "the result would have more than %d dimensions", MOE_MAX_DIM);
   int64_t shape[MOE_MAX_DIM], stride[MOE_MAX_DIM];
   for (int d = 0; d <= ndim; d++) shape[d] = d < dim ? x[0]->shape[d] : d == dim ? n : x[0]->shape[d - 1];
-  moe_tensor *y = moe_out(c, 0, ndim + 1, shape, dtype);
-  if (y == NULL) return moe_error_code();
+  moe_tensor *y = moe_empty(ndim + 1, shape, dtype, moe_dev(x[0]));
+  MOE_TRY(moe_set_out(c, 0, y));
   for (int d = 0; d < ndim; d++) stride[d] = y->stride[d < dim ? d : d + 1];
   for (int k = 0; k < n && moe_numel(x[0]) > 0; k++)
     MOE_TRY(moe_copy(moe_view_of(y, ndim, x[k]->shape, stride, y->offset + k * y->stride[dim]), x[k]));
@@ -86,9 +77,9 @@ moe_status moe_fwd_stack(moe_ctx *c) {
 }
 
 moe_status moe_bwd_stack(moe_ctx *c) {
-  int dim = absent(c, 1) ? 0 : moe_arg_dim(c, 1, c->outs[0].ndim);
+  int dim = arg_absent(c, 1) ? 0 : moe_arg_dim(c, 1, c->outs[0].ndim);
   for (int k = 0; k < c->nin; k++)
-    if (c->need[k]) MOE_TRY(gin_is(c, k, MOE_CALL(select, T(c->gout[0]), I(dim), I(k))));
+    if (c->need[k]) MOE_TRY(gin_set(c, k, MOE_CALL(select, T(c->gout[0]), I(dim), I(k))));
   return MOE_OK;
 }
 
@@ -136,8 +127,8 @@ static moe_tensor *sum_dim(moe_tensor *g, const int64_t *four, int which) {
 
 moe_status moe_fwd_tile(moe_ctx *c) {
   moe_tensor *x = c->arg[0].t;
-  const int64_t *r = c->arg[1].ints.v;
-  int n = c->arg[1].ints.n;
+  int n;
+  const int64_t *r = arg_list(c, 1, &n);
   char s[MOE_SHAPE_TEXT], u[MOE_SHAPE_TEXT];
   if (n < x->ndim)
     return OP_FAIL(c, "%s repeats fewer dims than x of shape %s has", moe_shape_text(s, n, r), moe_shape_of(u, x));
@@ -163,7 +154,8 @@ moe_status moe_fwd_tile(moe_ctx *c) {
 
 moe_status moe_bwd_tile(moe_ctx *c) {
   const moe_meta *in = &c->in[0], *out = &c->outs[0];
-  const int64_t *r = c->arg[1].ints.v;
+  int nr;
+  const int64_t *r = arg_list(c, 1, &nr);
   moe_tensor *g = c->gout[0];
   int64_t outer = 1; /* what is already summed, before dim d */
   for (int d = 0; d < out->ndim; d++) {
@@ -173,13 +165,13 @@ moe_status moe_bwd_tile(moe_ctx *c) {
     if (r[d] != 1) g = sum_dim(g, (const int64_t[]){outer, r[d], n, inner}, 1);
     outer *= n;
   }
-  return gin_is(c, 0, MOE_CALL(reshape, T(g), INTS(in->shape, in->ndim)));
+  return gin_set(c, 0, MOE_CALL(reshape, T(g), INTS(in->shape, in->ndim)));
 }
 
 /* Without dim, x is taken as one row. */
 static moe_tensor *row_or_dim(moe_ctx *c, int i, int *dim) {
   moe_tensor *x = c->arg[0].t;
-  if (absent(c, i)) {
+  if (arg_absent(c, i)) {
     const int64_t all = -1;
     *dim = 0;
     return MOE_CALL(reshape, T(x), INTS(&all, 1));
@@ -206,10 +198,10 @@ moe_status moe_fwd_repeat_interleave(moe_ctx *c) {
 moe_status moe_bwd_repeat_interleave(moe_ctx *c) {
   const moe_meta *in = &c->in[0];
   int64_t four[4] = {1, 1, c->arg[1].i, 1};
-  int dim = absent(c, 2) ? -1 : moe_arg_dim(c, 2, in->ndim);
+  int dim = arg_absent(c, 2) ? -1 : moe_arg_dim(c, 2, in->ndim);
   for (int d = 0; d < in->ndim; d++) four[dim < 0 || d == dim ? 1 : d < dim ? 0 : 3] *= in->shape[d];
   moe_tensor *g = sum_dim(c->gout[0], four, 2);
-  return gin_is(c, 0, MOE_CALL(reshape, T(g), INTS(in->shape, in->ndim)));
+  return gin_set(c, 0, MOE_CALL(reshape, T(g), INTS(in->shape, in->ndim)));
 }
 
 moe_status moe_fwd_flip(moe_ctx *c) {
@@ -225,22 +217,22 @@ moe_status moe_fwd_flip(moe_ctx *c) {
   return remap(c, x, x->shape, pos, 0);
 }
 
-moe_status moe_bwd_flip(moe_ctx *c) { return gin_is(c, 0, MOE_CALL(flip, T(c->gout[0]), c->arg[1])); }
+moe_status moe_bwd_flip(moe_ctx *c) { return gin_set(c, 0, MOE_CALL(flip, T(c->gout[0]), c->arg[1])); }
 
 moe_status moe_fwd_roll(moe_ctx *c) {
   moe_tensor *x = c->arg[0].t;
-  const int64_t *shift = c->arg[1].ints.v;
-  int n = c->arg[1].ints.n, flat;
+  int n, ndims, flat;
+  const int64_t *shift = arg_list(c, 1, &n), *dims = arg_list(c, 2, &ndims);
   int64_t by[MOE_MAX_DIM] = {0}, *pos[MOE_MAX_DIM] = {NULL}, numel = moe_numel(x);
-  bool all = absent(c, 2);
-  if (all ? n != 1 : n != c->arg[2].ints.n)
-    return OP_FAIL(c, "%d shifts for %d dims: each dim needs one", n, all ? 1 : c->arg[2].ints.n);
+  bool all = arg_absent(c, 2);
+  if (all ? n != 1 : n != ndims)
+    return OP_FAIL(c, "%d shifts for %d dims: each dim needs one", n, all ? 1 : ndims);
   moe_tensor *y = all ? row_or_dim(c, 2, &flat) : x;
   if (y == NULL) return moe_error_code();
   for (int k = 0; k < n && numel > 0; k++) {
-    int64_t d = all ? 0 : c->arg[2].ints.v[k];
-    d += d < 0 ? y->ndim : 0;
-    if (d < 0 || d >= y->ndim) return OP_FAIL(c, "dim %lld is outside of a tensor of %d dimensions", (long long)(all ? 1 : c->arg[2].ints.v[k] + (c->arg[2].ints.v[k] >= 0)), y->ndim);
+    int64_t given = all ? 0 : dims[k], d = given < 0 ? given + y->ndim : given;
+    if (d < 0 || d >= y->ndim)
+      return OP_FAIL(c, "dim %lld is out of range for a tensor of %d dimensions", (long long)(given < 0 ? given : given + 1), y->ndim);
     by[d] = (by[d] + shift[k] % y->shape[d] + y->shape[d]) % y->shape[d];
   }
   for (int d = 0; d < y->ndim; d++) {
@@ -255,10 +247,11 @@ moe_status moe_fwd_roll(moe_ctx *c) {
 
 moe_status moe_bwd_roll(moe_ctx *c) {
   int64_t back[MOE_MAX_DIM];
-  int n = c->arg[1].ints.n;
+  int n;
+  const int64_t *shift = arg_list(c, 1, &n);
   if (n > MOE_MAX_DIM) return OP_FAIL(c, "%d shifts: at most %d have a gradient", n, MOE_MAX_DIM);
-  for (int k = 0; k < n; k++) back[k] = c->arg[1].ints.v[k] == INT64_MIN ? 0 : -c->arg[1].ints.v[k];
-  return gin_is(c, 0, MOE_CALL(roll, T(c->gout[0]), INTS(back, n), c->arg[2]));
+  for (int k = 0; k < n; k++) back[k] = shift[k] == INT64_MIN ? 0 : -shift[k];
+  return gin_set(c, 0, MOE_CALL(roll, T(c->gout[0]), INTS(back, n), c->arg[2]));
 }
 
 /* --- pad --- */
@@ -275,8 +268,8 @@ static int64_t pad_source(int64_t i, int64_t n, int mode) {
 
 moe_status moe_fwd_pad(moe_ctx *c) {
   moe_tensor *x = c->arg[0].t;
-  const int64_t *pad = c->arg[1].ints.v;
-  int n = c->arg[1].ints.n, mode = (int)c->arg[2].i;
+  int n, mode = (int)c->arg[2].i;
+  const int64_t *pad = arg_list(c, 1, &n);
   int64_t shape[MOE_MAX_DIM], *pos[MOE_MAX_DIM] = {NULL};
   char s[MOE_SHAPE_TEXT], u[MOE_SHAPE_TEXT];
   if (n % 2 != 0 || n / 2 > x->ndim)
@@ -309,13 +302,13 @@ moe_status moe_fwd_pad(moe_ctx *c) {
 /* Constant: cutting off is padding by the negative. Otherwise each padded dim adds its copies back. */
 moe_status moe_bwd_pad(moe_ctx *c) {
   const moe_meta *in = &c->in[0];
-  int n = c->arg[1].ints.n, mode = (int)c->arg[2].i;
-  const int64_t *pad = c->arg[1].ints.v;
+  int n, mode = (int)c->arg[2].i;
+  const int64_t *pad = arg_list(c, 1, &n);
   moe_tensor *g = c->gout[0];
   if (mode == PAD_CONSTANT) {
     int64_t back[2 * MOE_MAX_DIM];
     for (int k = 0; k < n; k++) back[k] = -pad[k];
-    return gin_is(c, 0, MOE_CALL(pad, T(g), INTS(back, n)));
+    return gin_set(c, 0, MOE_CALL(pad, T(g), INTS(back, n)));
   }
   int64_t shape[MOE_MAX_DIM];
   for (int d = 0; d < in->ndim; d++) shape[d] = c->outs[0].shape[d];
@@ -330,5 +323,5 @@ moe_status moe_bwd_pad(moe_ctx *c) {
     moe_tensor *zero = moe_zeros(in->ndim, shape, g->dtype, in->device);
     g = MOE_CALL(index_add, T(zero), I(d), T(moe_to_raw(index, MOE_i64, in->device)), T(g));
   }
-  return gin_is(c, 0, g);
+  return gin_set(c, 0, g);
 }

@@ -5,7 +5,7 @@
 ** tensor applies it to the geometry of a dense tensor of x's shape: one description serves both.
 ** Views that lose nothing (permutations, reshapes) go back by the inverse view instead.
 */
-#include "op/op.h"
+#include "op/arg.h"
 
 typedef struct geom {
   int ndim;
@@ -38,8 +38,6 @@ static moe_status view_backward(moe_ctx *c, geom_fn *change) {
                        INTS(g.stride, g.ndim), I(g.offset));
   return c->gin[0] ? MOE_OK : moe_error_code();
 }
-
-static bool absent(const moe_ctx *c, int i) { return c->arg[i].kind == MOE_K_none; }
 
 /* A position that counts from the end when negative; -1 with an error outside of [0, limit). */
 static int64_t resolve_pos(moe_ctx *c, int64_t pos, int64_t limit, const geom *g, int dim) {
@@ -94,9 +92,9 @@ static bool restride(const geom *g, int ndim, const int64_t *shape, int64_t *str
 }
 
 /* The sizes of argument `i` with -1 filled in, to hold as many elements as `have`. */
-static moe_status infer_sizes(moe_ctx *c, int i, int have_ndim, const int64_t *have, int64_t *out) {
-  int n = c->arg[i].ints.n;
-  const int64_t *want = c->arg[i].ints.v;
+static moe_status infer_sizes(moe_ctx *c, int i, int have_ndim, const int64_t *have, int64_t *out, int *ndim) {
+  const int64_t *want = arg_list(c, i, ndim);
+  int n = *ndim;
   char a[MOE_SHAPE_TEXT], b[MOE_SHAPE_TEXT];
   if (n > MOE_MAX_DIM) return OP_FAIL(c, "a shape of %d dimensions: at most %d are possible", n, MOE_MAX_DIM);
   int64_t numel, known;
@@ -146,8 +144,9 @@ static moe_status reshape_to(moe_ctx *c, int ndim, const int64_t *shape, bool ma
 moe_status moe_fwd_view(moe_ctx *c) {
   moe_tensor *x = c->arg[0].t;
   int64_t shape[MOE_MAX_DIM];
-  MOE_TRY(infer_sizes(c, 1, x->ndim, x->shape, shape));
-  return reshape_to(c, c->arg[1].ints.n, shape, c->op->variant != 0);
+  int n;
+  MOE_TRY(infer_sizes(c, 1, x->ndim, x->shape, shape, &n));
+  return reshape_to(c, n, shape, c->op->variant != 0);
 }
 
 moe_status moe_bwd_reshape(moe_ctx *c) {
@@ -157,8 +156,8 @@ moe_status moe_bwd_reshape(moe_ctx *c) {
 
 moe_status moe_fwd_flatten(moe_ctx *c) {
   moe_tensor *x = c->arg[0].t;
-  int first = absent(c, 1) ? 0 : moe_arg_dim(c, 1, x->ndim);
-  int last = absent(c, 2) ? MOE_MAX(x->ndim - 1, 0) : moe_arg_dim(c, 2, x->ndim);
+  int first = arg_absent(c, 1) ? 0 : moe_arg_dim(c, 1, x->ndim);
+  int last = arg_absent(c, 2) ? MOE_MAX(x->ndim - 1, 0) : moe_arg_dim(c, 2, x->ndim);
   if (first < 0 || last < 0) return moe_error_code();
   if (first > last) return OP_FAIL(c, "first dim %d comes after last dim %d", first + 1, last + 1);
   int64_t shape[MOE_MAX_DIM] = {1};
@@ -172,10 +171,10 @@ moe_status moe_fwd_flatten(moe_ctx *c) {
 
 moe_status moe_fwd_unflatten(moe_ctx *c) {
   moe_tensor *x = c->arg[0].t;
-  int dim = moe_arg_dim(c, 1, x->ndim), n = c->arg[2].ints.n;
+  int dim = moe_arg_dim(c, 1, x->ndim), n;
   if (dim < 0) return moe_error_code();
   int64_t one = 1, sizes[MOE_MAX_DIM], shape[MOE_MAX_DIM];
-  MOE_TRY(infer_sizes(c, 2, 1, x->ndim ? &x->shape[dim] : &one, sizes));
+  MOE_TRY(infer_sizes(c, 2, 1, x->ndim ? &x->shape[dim] : &one, sizes, &n));
   if (x->ndim + n - 1 > MOE_MAX_DIM) return OP_FAIL(c, "the result would have more than %d dimensions", MOE_MAX_DIM);
   int k = 0;
   for (int d = 0; d < dim; d++) shape[k++] = x->shape[d];
@@ -218,7 +217,11 @@ static moe_status expand_to(moe_ctx *c, geom *g, int ndim, const int64_t *want) 
   return MOE_OK;
 }
 
-static moe_status geom_expand(moe_ctx *c, geom *g) { return expand_to(c, g, c->arg[1].ints.n, c->arg[1].ints.v); }
+static moe_status geom_expand(moe_ctx *c, geom *g) {
+  int n;
+  const int64_t *want = arg_list(c, 1, &n);
+  return expand_to(c, g, n, want);
+}
 static moe_status geom_expand_as(moe_ctx *c, geom *g) { return expand_to(c, g, c->arg[1].t->ndim, c->arg[1].t->shape); }
 
 moe_status moe_bwd_expand(moe_ctx *c) {
@@ -262,12 +265,13 @@ moe_status moe_bwd_t(moe_ctx *c) {
 /* The dims argument i as numbers in [0, ndim), each at most once. */
 static moe_status list_dims(moe_ctx *c, int i, int ndim, int64_t *out) {
   bool seen[MOE_MAX_DIM] = {false};
-  const moe_value *v = &c->arg[i];
-  for (int k = 0; k < v->ints.n; k++) {
-    int64_t d = v->ints.v[k], r = d < 0 ? d + ndim : d;
+  int n;
+  const int64_t *v = arg_list(c, i, &n);
+  for (int k = 0; k < n; k++) {
+    int64_t d = v[k], r = d < 0 ? d + ndim : d;
     if (r < 0 || r >= ndim)
-      return OP_FAIL(c, "dim %lld is outside of a tensor of %d dimensions", (long long)(d < 0 ? d : d + 1), ndim);
-    if (seen[r]) return OP_FAIL(c, "dim %lld is given twice", (long long)r + 1);
+      return OP_FAIL(c, "dim %lld is out of range for a tensor of %d dimensions", (long long)(d < 0 ? d : d + 1), ndim);
+    if (seen[r]) return OP_FAIL(c, "dim %lld appears twice", (long long)r + 1);
     seen[r] = true;
     out[k] = r;
   }
@@ -276,14 +280,17 @@ static moe_status list_dims(moe_ctx *c, int i, int ndim, int64_t *out) {
 
 /* from[k]: the old dimension that comes to place k. */
 static moe_status permute_order(moe_ctx *c, int ndim, int64_t *from) {
-  if (c->arg[1].ints.n != ndim)
-    return OP_FAIL(c, "%d dims for a tensor of %d dimensions: each must be given once", c->arg[1].ints.n, ndim);
+  int n;
+  arg_list(c, 1, &n);
+  if (n != ndim) return OP_FAIL(c, "%d dims for a tensor of %d dimensions: each must be given once", n, ndim);
   return list_dims(c, 1, ndim, from);
 }
 
 static moe_status movedim_order(moe_ctx *c, int ndim, int64_t *from) {
-  int n = c->arg[1].ints.n;
-  if (n != c->arg[2].ints.n) return OP_FAIL(c, "%d dims to move to %d places", n, c->arg[2].ints.n);
+  int n, places;
+  arg_list(c, 1, &n);
+  arg_list(c, 2, &places);
+  if (n != places) return OP_FAIL(c, "%d dims to move to %d places", n, places);
   if (n > ndim) return OP_FAIL(c, "%d dims of a tensor of %d dimensions", n, ndim);
   int64_t src[MOE_MAX_DIM], dst[MOE_MAX_DIM];
   bool moved[MOE_MAX_DIM] = {false};
@@ -362,10 +369,10 @@ static moe_status geom_slice(moe_ctx *c, geom *g) {
   if (dim < 0) return moe_error_code();
   int64_t n = g->shape[dim], step = c->arg[4].i;
   if (step < 1) return OP_FAIL(c, "step must be at least 1, got %lld (hint: flip turns a dimension round)", (long long)step);
-  int64_t first = absent(c, 2) ? 0 : resolve_pos(c, c->arg[2].i, n + 1, g, dim);
+  int64_t first = arg_absent(c, 2) ? 0 : resolve_pos(c, c->arg[2].i, n + 1, g, dim);
   if (first < 0) return moe_error_code();
   int64_t last = n - 1;
-  if (!absent(c, 3) && (last = resolve_pos(c, c->arg[3].i, n, g, dim)) < 0) return moe_error_code();
+  if (!arg_absent(c, 3) && (last = resolve_pos(c, c->arg[3].i, n, g, dim)) < 0) return moe_error_code();
   if (last < first - 1) return OP_FAIL(c, "the range from %lld to %lld runs backwards", (long long)first + 1, (long long)last + 1);
   int64_t count = (last - first) / step + (last >= first);
   g->offset += count ? first * g->stride[dim] : 0;
@@ -378,7 +385,7 @@ static moe_status geom_diagonal(moe_ctx *c, geom *g) {
   char s[MOE_SHAPE_TEXT];
   if (g->ndim < 2) return OP_FAIL(c, "x must have at least 2 dimensions, got %s", moe_shape_text(s, g->ndim, g->shape));
   int64_t offset = c->arg[1].i;
-  int a = absent(c, 2) ? 0 : moe_arg_dim(c, 2, g->ndim), b = absent(c, 3) ? 1 : moe_arg_dim(c, 3, g->ndim);
+  int a = arg_absent(c, 2) ? 0 : moe_arg_dim(c, 2, g->ndim), b = arg_absent(c, 3) ? 1 : moe_arg_dim(c, 3, g->ndim);
   if (a < 0 || b < 0) return moe_error_code();
   if (a == b) return OP_FAIL(c, "the two dims are the same one, %d", a + 1);
   /* offsets beyond the matrix give an empty diagonal */
@@ -437,7 +444,7 @@ moe_status moe_fwd_detach(moe_ctx *c) { return moe_set_out(c, 0, moe_detach(c->a
 
 static moe_status part_dim(moe_ctx *c, int i, const moe_tensor *x, int *dim) {
   if (x->ndim == 0) return OP_FAIL(c, "a tensor without dimensions cannot be divided");
-  *dim = absent(c, i) ? 0 : moe_arg_dim(c, i, x->ndim);
+  *dim = arg_absent(c, i) ? 0 : moe_arg_dim(c, i, x->ndim);
   return *dim < 0 ? moe_error_code() : MOE_OK;
 }
 
@@ -470,8 +477,8 @@ moe_status moe_fwd_chunk(moe_ctx *c) {
 
 moe_status moe_fwd_split(moe_ctx *c) {
   moe_tensor *x = c->arg[0].t;
-  int dim, n = c->arg[1].ints.n;
-  const int64_t *size = c->arg[1].ints.v;
+  int dim, n;
+  const int64_t *size = arg_list(c, 1, &n);
   char a[MOE_SHAPE_TEXT], b[MOE_SHAPE_TEXT];
   MOE_TRY(part_dim(c, 2, x, &dim));
   if (n == 1) {
@@ -524,11 +531,11 @@ static moe_status join_parts(moe_ctx *c, int dim, bool stack) {
 
 /* of chunk and split */
 moe_status moe_bwd_split(moe_ctx *c) {
-  return join_parts(c, absent(c, 2) ? 0 : moe_arg_dim(c, 2, c->in[0].ndim), false);
+  return join_parts(c, arg_absent(c, 2) ? 0 : moe_arg_dim(c, 2, c->in[0].ndim), false);
 }
 
 moe_status moe_bwd_unbind(moe_ctx *c) {
-  return join_parts(c, absent(c, 1) ? 0 : moe_arg_dim(c, 1, c->in[0].ndim), true);
+  return join_parts(c, arg_absent(c, 1) ? 0 : moe_arg_dim(c, 1, c->in[0].ndim), true);
 }
 
 /* --- a view of a dense tensor by its strides, and its adjoint (no two elements of the view are one) --- */
