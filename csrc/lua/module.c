@@ -426,6 +426,11 @@ static int is_module(lua_State *L) {
   return 1;
 }
 
+static int is_tensor(lua_State *L) {
+  lua_pushboolean(L, moeL_totensor(L, 1) != NULL);
+  return 1;
+}
+
 /* entries(m) -> {name, tensor, name, tensor, ...} of the parts that are there */
 static int entries(lua_State *L) {
   moe_module *m = check_module(L, 1, "entries");
@@ -536,7 +541,7 @@ static const luaL_Reg metamethods[] = {
 static const luaL_Reg methods[] = {{"forward", module_call}, {"state", module_state}, {NULL, NULL}};
 
 static const luaL_Reg functions[] = {
-  {"is", is_module},     {"entries", entries},     {"info", tensor_info},  {"set_tag", set_tag},
+  {"is", is_module},     {"is_tensor", is_tensor}, {"entries", entries}, {"info", tensor_info}, {"set_tag", set_tag},
   {"head", module_head}, {"drop_grad", drop_grad}, {"assign", assign},     {"convert", convert},
   {"mark", set_requires_grad}, {"initialise", initialise}, {NULL, NULL}};
 
@@ -554,8 +559,8 @@ static void push_constructors(lua_State *L) {
   }
 }
 
-/* core.module.rows: {group=, name=, options=, call=, results=, state=, npositional=, doc=}, for help and stubs */
-static void push_rows(lua_State *L) {
+/* core.modules() -> list of {group=, name=, options=, call=, results=, state=, npositional=, doc=}, for help and stubs */
+static int list_rows(lua_State *L) {
   lua_createtable(L, moe_module_count, 0);
   for (int i = 0; i < moe_module_count; i++) {
     const moe_module_class *c = &moe_modules[i];
@@ -570,6 +575,7 @@ static void push_rows(lua_State *L) {
     lua_setfield(L, -2, "npositional");
     lua_rawseti(L, -2, i + 1);
   }
+  return 1;
 }
 
 static void push_initialisers(lua_State *L) {
@@ -608,10 +614,10 @@ void moeL_open_module(lua_State *L) {
   lua_setfield(L, -2, "methods");
   push_constructors(L);
   lua_setfield(L, -2, "make");
-  push_rows(L);
-  lua_setfield(L, -2, "rows");
   push_initialisers(L);
   lua_setfield(L, -2, "initialisers");
   lua_setfield(L, -3, "module");
   lua_pop(L, 1);
+  lua_pushcfunction(L, list_rows);
+  lua_setfield(L, -2, "modules");
 }
