@@ -28,7 +28,8 @@ typedef struct ffn_job {
   ffn_task *task;
   atomic_int failed; /* out of scratch */
   void *y, *gx;      /* [rows, d] */
-  void *h;           /* [rows, F], may be NULL in the forward */
+  void *h;           /* the forward's [rows, F], or NULL */
+  const void *hidden; /* the same, as the backward reads it */
   const void *gy;
   void *gw_in, *gw_out, *gb_in, *gb_out, *gweight;
   void *dh, *wa; /* [rows of cut experts, F], [.., I] */
@@ -236,7 +237,7 @@ moe_status MOE_CPU(ffn_bwd)(void *gx, void *gw_in, void *gw_out, void *gb_in, vo
   const moe_plan *p = &f->plan;
   int64_t size = moe_dtype_size(f->dtype), I = f->hidden, F = f->gated ? 2 * I : I;
   int64_t macs = I * (f->d_in * (f->gated ? 2 : 1) + f->d_out), cut_rows = 0, gx_bytes = 0;
-  ffn_job job = {.f = f, .h = (void *)h, .gy = gy, .gx = gx, .gw_in = gw_in, .gw_out = gw_out, .gb_in = gb_in,
+  ffn_job job = {.f = f, .hidden = h, .gy = gy, .gx = gx, .gw_in = gw_in, .gw_out = gw_out, .gb_in = gb_in,
                  .gb_out = gb_out, .gweight = gweight};
   task_list tasks = {0}, stripes = {0};
   moe_status st = MOE_ENOMEM;

@@ -241,7 +241,7 @@ static void R(bwd_tile)(ffn_job *job, int64_t g, int64_t r0, int64_t r1, REAL *d
   const moe_plan *p = &f->plan;
   int64_t m = r1 - r0, e = p->expert[g], F = f->gated ? 2 * f->hidden : f->hidden, I = f->hidden;
   const REAL *weight = f->weight, *b_out = f->b_out ? (const REAL *)f->b_out + e * f->d_out : NULL;
-  const REAL *h = (const REAL *)job->h + r0 * F;
+  const REAL *h = (const REAL *)job->hidden + r0 * F;
   R(nn)(m, I, f->d_out, dy, (const REAL *)f->w_out + e * f->d_out * I, da);
   for (int64_t r = 0; r < m; r++) {
     REAL w = weight ? weight[p->source[r0 + r]] : 1;

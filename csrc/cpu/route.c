@@ -12,8 +12,11 @@ enum { SCRATCH = 6 }; /* the scratch slot of these kernels */
 
 typedef struct router_job {
   const moe_topk_options *o;
-  void *weight, *score, *glogits;
+  void *weight, *score; /* what the forward writes ... */
   int64_t *index;
+  const void *saved_weight, *saved_score; /* ... and the backward reads */
+  const int64_t *saved_index;
+  void *glogits;
   const void *logits, *bias, *gweight, *gscore;
   const uint8_t *mask;
   int64_t base;
@@ -50,8 +53,8 @@ moe_status MOE_CPU(router_topk)(void *weight, int64_t *index, void *score, const
 moe_status MOE_CPU(router_topk_bwd)(void *glogits, const void *gweight, const void *gscore, const void *score,
                                     const void *weight, const int64_t *index, const uint8_t *mask, const moe_topk_options *o,
                                     moe_dtype dt, int64_t base) {
-  router_job j = {.o = o, .glogits = glogits, .gweight = gweight, .gscore = gscore, .score = (void *)score,
-                  .weight = (void *)weight, .index = (int64_t *)index, .mask = mask, .base = base};
+  router_job j = {.o = o, .glogits = glogits, .gweight = gweight, .gscore = gscore, .saved_score = score,
+                  .saved_weight = weight, .saved_index = index, .mask = mask, .base = base};
   return router_run(&j, dt == MOE_f64 ? topk_rows_bwd_f64 : topk_rows_bwd_f32);
 }
 

@@ -140,7 +140,7 @@ static void R(topk_rows_bwd)(void *arg, int64_t begin, int64_t end, int worker) 
   }
   for (int64_t t = begin; t < end; t++) {
     REAL *g = (REAL *)j->glogits + t * E;
-    const REAL *score = (const REAL *)j->score + t * E;
+    const REAL *score = (const REAL *)j->saved_score + t * E;
     if (j->mask && !j->mask[t]) {
       for (int64_t e = 0; e < E; e++) g[e] = 0;
       continue;
@@ -149,10 +149,10 @@ static void R(topk_rows_bwd)(void *arg, int64_t begin, int64_t end, int worker) 
       memcpy(g, (const REAL *)j->gscore + t * E, (size_t)E * sizeof *g);
     else
       for (int64_t e = 0; e < E; e++) g[e] = 0;
-    const int64_t *index = j->index + t * k;
+    const int64_t *index = j->saved_index + t * k;
     bool after = false;
     if (j->gweight) {
-      const REAL *gw = (const REAL *)j->gweight + t * k, *w = (const REAL *)j->weight + t * k;
+      const REAL *gw = (const REAL *)j->gweight + t * k, *w = (const REAL *)j->saved_weight + t * k;
       after = o->score_after && o->score == MOE_SCORE_SOFTMAX;
       /* u: the chosen scores before they were normalised; a softmax over the chosen is normal already */
       for (int64_t i = 0; i < k; i++) u[i] = after ? (o->scale != 0 ? w[i] / (REAL)o->scale : 0) : score[index[i] - j->base];
