@@ -12,16 +12,6 @@ M.GROUPS = { "nn", "router", "experts", "routing", "loss", "optim", "schedule", 
 -- Submodules that are functions themselves.
 M.CALLABLES = { "layer", "trainer", "help", "gradcheck" }
 
--- Flags of csrc/op/op.h.
-M.FLAGS = { inplace = 1, ["function"] = 2, internal = 4, view = 8, random = 16, nocheck = 32, method = 64 }
-
---- Whether a row of the operation table carries the flag of that name.
-function M.has(row, flag)
-  local flags = row.flags
-  if type(flags) == "table" then return flags[flag] == true end
-  return (flags or 0) & M.FLAGS[flag] ~= 0
-end
-
 -- Splits at commas outside of brackets.
 local function split(text)
   local parts, depth, start = {}, 0, 1
@@ -166,15 +156,14 @@ end
 
 local function operation_entry(row)
   local params = M.parameters(row.args)
-  local method_only = M.has(row, "method")
+  local method_only = row.method_only
   local entry = {
     kind = "operation", name = row.name, group = "", doc = row.doc, params = params, results = row.results, row = row,
-    inplace = M.has(row, "inplace"), view = M.has(row, "view"), random = M.has(row, "random"),
+    inplace = row.inplace, view = row.view, random = row.random,
     differentiable = row.differentiable,
   }
   entry.path = (method_only and "x:" or "moe.") .. row.name
-  local is_method = not M.has(row, "function") and params[1] ~= nil and params[1].kind ~= "tensors"
-  if row.method ~= nil then is_method = row.method and is_method end
+  local is_method = not row.function_only and params[1] ~= nil and params[1].kind ~= "tensors"
   entry.method = is_method or method_only
   if method_only then
     entry.signature = ("x:%s(%s)"):format(row.name, call_text(table.move(params, 2, #params, 1, {})))
@@ -260,7 +249,7 @@ function M.entries()
   end
 
   for _, row in ipairs(moe.core.ops()) do
-    if not M.has(row, "internal") then add(operation_entry(row)) end
+    if not row.internal then add(operation_entry(row)) end
   end
   for _, row in ipairs(moe.core.modules and moe.core.modules() or {}) do add(layer_entry(row)) end
   for _, pair in ipairs(functions_of(moe)) do

@@ -23,7 +23,7 @@ end
 -- Calls a row as a function where it has one, else as a method. Draws start from one seed.
 local function call(row, args, form)
   moe.manual_seed(20)
-  if form == "method" or (form == nil and doc.has(row, "method")) then
+  if form == "method" or (form == nil and row.method_only) then
     local first = args[1]
     return results_of(first[row.name](first, table.unpack(args, 2, args.n)))
   elseif form == "inplace" then
@@ -34,7 +34,7 @@ local function call(row, args, form)
 end
 
 local function is_method(row)
-  if row.method == false or doc.has(row, "function") then return false end
+  if row.function_only then return false end
   local first = doc.parameters(row.args)[1]
   return first ~= nil and (first.kind == "tensor" or first.kind == "operand")
 end
@@ -80,9 +80,8 @@ local unexampled = {}
 
 for _, row in ipairs(moe.core.ops()) do
   local sets = mini.split(row.examples or "")
-  local internal = doc.has(row, "internal")
-  if #sets == 0 and not internal and not doc.has(row, "nocheck") then unexampled[#unexampled + 1] = row.name end
-  if not internal and #sets > 0 then
+  if #sets == 0 and not row.internal and not row.nocheck then unexampled[#unexampled + 1] = row.name end
+  if not row.internal and #sets > 0 then
     describe("operation " .. row.name, function()
       for _, set in ipairs(sets) do
         describe("(" .. set .. ")", function()
@@ -107,7 +106,7 @@ for _, row in ipairs(moe.core.ops()) do
             for i, t in ipairs(mini.tensors(args)) do assert.close(before[i], t, { rtol = 0, atol = 0, nan = true }) end
           end)
 
-          if row.differentiable and not doc.has(row, "nocheck") then
+          if row.differentiable and not row.nocheck then
             it("has the gradient that differences show", function() check_gradient(row, arguments()) end)
           end
 
@@ -125,7 +124,7 @@ for _, row in ipairs(moe.core.ops()) do
             end
           end)
 
-          if row.differentiable and not doc.has(row, "nocheck") then
+          if row.differentiable and not row.nocheck then
             it("has the same gradients for strided views", function()
               for kind = 1, 2 do
                 check_gradient(row, mini.map(arguments(), function(t)
@@ -136,7 +135,7 @@ for _, row in ipairs(moe.core.ops()) do
             end)
           end
 
-          if not doc.has(row, "random") then
+          if not row.random then
             it("agrees in f32 and f64, and runs in bf16 and f16", function()
               local args = arguments()
               local expected = call(row, args)
@@ -178,7 +177,7 @@ for _, row in ipairs(moe.core.ops()) do
             for i = 1, #one do assert.is_true((bits_equal(one[i], two[i]))) end
           end)
 
-          if is_method(row) and not doc.has(row, "method") then
+          if is_method(row) and not row.method_only then
             it("is the same as a method and as a function", function()
               local args = arguments()
               if type(args[1]) ~= "userdata" then return end
@@ -188,7 +187,7 @@ for _, row in ipairs(moe.core.ops()) do
             end)
           end
 
-          if doc.has(row, "inplace") and not doc.has(row, "random") then
+          if row.inplace and not row.random then
             it("is the same in place", function()
               local args = clones(arguments())
               if type(args[1]) ~= "userdata" then return end
@@ -225,7 +224,7 @@ for _, row in ipairs(moe.core.ops()) do
 end
 
 describe("the operation table", function()
-  it("has an example in every row that is not internal or marked as covered elsewhere", function()
+  it("has an example in every row that is not row.internal or marked as covered elsewhere", function()
     assert.equal("", table.concat(unexampled, " "))
   end)
 

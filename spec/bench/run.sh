@@ -1,0 +1,111 @@
+#!/usr/bin/env bash
+# Benchmarks: bash spec/bench/run.sh [overhead nanogpt memory makemoe ...]     (default: overhead memory nanogpt)
+# PyTorch does the same work in the same run, in turns, where MOE_BENCH_PYTHON (or python3) has it; two threads each.
+# Any spec/bench/NAME.sh is a benchmark too. Figures and how they were obtained: spec/bench/README.md.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+. examples/setup.sh
+setup_lua || { setup_say "no Lua 5.4 found"; exit 1; }
+build=${MOE_BUILD:-build}
+[ -f "$build/moe/core.so" ] || { setup_tools; setup_build "$build"; }
+case $build in /*) ;; *) build=./$build ;; esac
+export LUA_PATH="./lua/?.lua;./lua/?/init.lua;./?.lua" LUA_CPATH="$build/?.so"
+export MOE_THREADS=${MOE_THREADS:-2} OMP_NUM_THREADS=${MOE_THREADS:-2} OPENBLAS_NUM_THREADS=${MOE_THREADS:-2}
+export PYTHONPATH=spec/bench${PYTHONPATH:+:$PYTHONPATH}
+data=${MOE_DATA:-../shared/data}
+python=${MOE_BENCH_PYTHON:-python3}
+"$python" -c 'import torch' 2>/dev/null || python=''
+[ -n "$python" ] || setup_say "no PyTorch in ${MOE_BENCH_PYTHON:-python3}: our side alone (set MOE_BENCH_PYTHON)"
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"; kill $(jobs -p) 2>/dev/null || true' EXIT
+
+ratio() { awk -v a="$1" -v b="$2" 'BEGIN { if (b > 0) printf "%.2f", a / b; else print "-" }'; }
+
+# in_turns BLOCKS N COMMAND COMMAND: lets both work N steps at a time, in turns; afterwards mean[i] is the mean ms a
+# step of the best block, least[i] the best single step, answer[i] what it said at the end.
+in_turns() {
+  local blocks=$1 n=$2 i b m l
+  shift 2
+  local count=$#
+  mean=() least=() answer=()
+  for ((i = 0; i < count; i++)); do
+    rm -f "$work/in$i" "$work/out$i"
+    mkfifo "$work/in$i" "$work/out$i"
+    bash -c "$1" <"$work/in$i" >"$work/out$i" &
+    eval "exec $((10 + 2 * i))>\"$work/in$i\" $((11 + 2 * i))<\"$work/out$i\""
+    mean[i]=1e30 least[i]=1e30
+    shift
+  done
+  for ((b = 0; b < blocks; b++)); do
+    for ((i = 0; i < count; i++)); do
+      echo "$n" >&$((10 + 2 * i))
+      read -r m l <&$((11 + 2 * i))
+      mean[i]=$(awk -v a="${mean[i]}" -v b="$m" 'BEGIN { print (b < a) ? b : a }')
+      least[i]=$(awk -v a="${least[i]}" -v b="$l" 'BEGIN { print (b < a) ? b : a }')
+    done
+  done
+  for ((i = 0; i < count; i++)); do
+    echo end >&$((10 + 2 * i))
+    read -r answer[i] <&$((11 + 2 * i))
+    eval "exec $((10 + 2 * i))>&- $((11 + 2 * i))<&-"
+  done
+  wait
+}
+
+bench_overhead() {
+  local commands=("exec $LUA spec/bench/overhead.lua") least_ms=1e30 t i
+  [ -n "$python" ] && commands+=("exec $python spec/bench/overhead_torch.py")
+  in_turns 20 5 "${commands[@]}"
+  set -- ${answer[0]} ${answer[1]:-}
+  echo "overhead, add of two 8-element tensors, us a call (least of 100 rounds of 20000)"
+  printf '  %-12s ours %.3f   torch %s   ratio %s\n' plain "$1" "${3:--}" "$(ratio "${3:-0}" "$1")"
+  printf '  %-12s ours %.3f   torch %s   ratio %s\n' recorded "$2" "${4:--}" "$(ratio "${4:-0}" "$2")"
+  for i in 1 2 3 4 5 6 7 8 9 10; do
+    t=$("$LUA" -e 'local c = os.clock() local m = require "moe" print(m and (os.clock() - c) * 1e3)')
+    least_ms=$(awk -v a="$least_ms" -v b="$t" 'BEGIN { print (b < a) ? b : a }')
+  done
+  printf '  require "moe": %.1f ms of processor time (least of 10 processes)\n' "$least_ms"
+}
+
+bench_nanogpt() {
+  local commands=("exec $LUA spec/bench/nanogpt.lua $data/tinyshakespeare.txt")
+  [ -n "$python" ] && commands+=("exec $python spec/bench/nanogpt_torch.py $data/tinyshakespeare.txt")
+  in_turns 20 100 "${commands[@]}"
+  echo "nanoGPT's CPU setting, 2000 steps in blocks of 100, in turns"
+  printf '  ours  %.2f ms a step (best block), held-out loss %s\n' "${mean[0]}" "${answer[0]}"
+  if [ -n "$python" ]; then
+    printf '  torch %.2f ms a step (best block), held-out loss %s\n' "${mean[1]}" "${answer[1]}"
+    printf '  ours takes %s of the time of torch\n' "$(ratio "${mean[0]}" "${mean[1]}")"
+  fi
+}
+
+bench_memory() {
+  local ours torch
+  echo "memory"
+  set -- $("$LUA" spec/bench/memory.lua steps "${MOE_BENCH_STEPS:-3000}")
+  printf '  resident size over %s steps: second tenth %s MB, last tenth %s MB, ratio %s\n' "${MOE_BENCH_STEPS:-3000}" "$1" "$2" "$3"
+  for sizes in "2048 512 1024 16 2" "2048 512 512 64 8"; do
+    ours=$("$LUA" spec/bench/memory.lua layer $sizes)
+    torch=-
+    [ -n "$python" ] && torch=$("$python" spec/bench/memory_torch.py $sizes)
+    printf '  peak of an MoE layer (%s) above weights and input: ours %s MB (resident, counted), torch %s MB\n' "$sizes" "$ours" "$torch"
+  done
+}
+
+bench_makemoe() {
+  echo "makeMoE's setting, 5000 steps"
+  "$LUA" spec/bench/makemoe.lua "$data/tinyshakespeare.txt"
+}
+
+[ $# -gt 0 ] || set -- overhead memory nanogpt
+for name in "$@"; do
+  if declare -F "bench_$name" >/dev/null; then
+    (set +e; "bench_$name")
+  elif [ -f "spec/bench/$name.sh" ]; then
+    bash "spec/bench/$name.sh"
+  else
+    setup_say "no benchmark is called '$name'"
+    exit 1
+  fi
+done
