@@ -199,13 +199,15 @@ static moe_status prepare(const moe_optim *o, moe_optim_param *p, job *j) {
   if (j->g == NULL) return moe_error_code();
   int states = o->cls->states ? o->cls->states(value) : MOE_OPTIM_STATES;
   for (int k = 0; k < states && o->cls->state[k] != NULL; k++) {
-    if (p->state[k] != NULL && moe_dev(p->state[k]) == moe_dev(t)) continue;
+    if (p->state[k] != NULL && p->state[k]->dtype == dt && moe_dev(p->state[k]) == moe_dev(t)) continue;
     moe_tensor *s = p->state[k] ? moe_to_raw(p->state[k], dt, moe_dev(t)) : moe_zeros(t->ndim, t->shape, dt, moe_dev(t));
     if (s == NULL) return moe_error_code();
     moe_release(p->state[k]);
     p->state[k] = moe_retain(s);
   }
   if (t->dtype == dt) {
+    moe_release(p->master);
+    p->master = NULL;
     j->work = moe_contiguous_raw(t);
   } else {
     if (p->master == NULL || p->seen != t->storage->version || moe_dev(p->master) != moe_dev(t)) {
