@@ -8,9 +8,7 @@ enum { Q, K, V, MASK, CAUSAL, SCALE };       /* arguments */
 enum { SAVED_Y = MASK + 1, SAVED_LSE };      /* saved: q, k, v, mask, y, lse */
 enum { NO_MASK, MAY_ATTEND, ADDED };         /* the kernel's kinds of mask */
 
-/* [b, h, t, d] in memory order b, t, h, d where `like` (whose positions lie outside of its heads) does so too: a model
-** that split heads out of [b, t, h d] gets its result back without a copy. Else contiguous. */
-static moe_tensor *heads_like(const moe_tensor *like, const int64_t *shape, moe_dtype dt) {
+moe_tensor *moe_heads_like(const moe_tensor *like, const int64_t *shape, moe_dtype dt) {
   if (like->stride[2] <= like->stride[1]) return moe_empty(4, shape, dt, moe_dev(like));
   moe_tensor *t = moe_empty(4, (const int64_t[]){shape[0], shape[2], shape[1], shape[3]}, dt, moe_dev(like));
   if (t == NULL) return NULL;
@@ -99,7 +97,7 @@ moe_status moe_fwd_attention(moe_ctx *c) {
   k = with_rows(k, ct);
   v = with_rows(v, ct);
   MOE_TRY(prepare_mask(&mask, ct, sm, &kind));
-  moe_tensor *y = q ? heads_like(q, shape, ct) : NULL;
+  moe_tensor *y = q ? moe_heads_like(q, shape, ct) : NULL;
   moe_tensor *lse = c->record && y ? moe_empty(3, shape, ct, dev) : NULL;
   if (y == NULL || k == NULL || v == NULL || (c->record && lse == NULL)) return moe_error_code();
   if (b > 0 && h > 0 && t > 0)
@@ -134,7 +132,7 @@ moe_status moe_bwd_attention(moe_ctx *c) {
   moe_tensor *g = with_rows(c->gout[0], ct);
   MOE_TRY(prepare_mask(&mask, ct, sm, &kind));
   if (q == NULL || k == NULL || v == NULL || y == NULL || g == NULL) return moe_error_code();
-  moe_tensor *dq = heads_like(q, q->shape, ct), *dk = heads_like(k, k->shape, ct), *dvalue = heads_like(v, v->shape, ct);
+  moe_tensor *dq  = moe_heads_like(q, q->shape, ct), *dk  = moe_heads_like(k, k->shape, ct), *dvalue  = moe_heads_like(v, v->shape, ct);
   moe_tensor *dmask = need_mask ? moe_zeros(4, (const int64_t[]){b, h, t, s}, ct, dev) : NULL;
   if (dq == NULL || dk == NULL || dvalue == NULL || (need_mask && dmask == NULL)) return moe_error_code();
   if (b > 0 && h > 0)
