@@ -99,8 +99,8 @@ local function gradcheck(f, inputs, options)
   if loss == nil then return true end -- nothing but empty results
   local wanted = {}
   for k, i in ipairs(checked) do wanted[k] = leaves[i] end
-  local grads = loss.requires_grad and moe.grad(loss, wanted) or {}
-  if type(grads) == "userdata" then grads = { grads } end
+  local grads = {}
+  if loss.requires_grad then grads = { moe.grad(loss, wanted) } end
 
   for k, i in ipairs(checked) do
     local x = inputs[i]
