@@ -21,7 +21,7 @@ typedef enum moe_reduction {
 
 typedef enum moe_scan { MOE_SCAN_SUM, MOE_SCAN_PROD } moe_scan;
 
-/* Elementwise losses l(a, b); `slope` of HUBER is its delta. */
+/* Elementwise losses l(a, b). */
 typedef enum moe_pair_loss {
   MOE_LOSS_SQUARE, /* (a - b)^2 */
   MOE_LOSS_ABS,    /* |a - b| */
