@@ -100,7 +100,7 @@ moe_status moe_fwd_attention(moe_ctx *c) {
   moe_tensor *y = q ? moe_heads_like(q, shape, ct) : NULL;
   moe_tensor *lse = c->record && y ? moe_empty(3, shape, ct, dev) : NULL;
   if (y == NULL || k == NULL || v == NULL || (c->record && lse == NULL)) return moe_error_code();
-  if (b > 0 && h > 0 && t > 0)
+  if (moe_numel(y) > 0 || (lse && moe_numel(lse) > 0))
     MOE_TRY(MOE_RUN(dev, c->op->name, attention, ct, moe_data(y), lse ? moe_data(lse) : NULL, moe_data(q), moe_data(k), moe_data(v),
                     mask ? moe_data(mask) : NULL, size, y->stride, q->stride, k->stride, v->stride, sm, kind,
                     c->arg[CAUSAL].i != 0, scale_of(c, d)));

@@ -90,7 +90,6 @@ static moe_status multiply(moe_ctx *c, moe_tensor *a, bool ta, moe_tensor *b, bo
                      moe_shape_of(bb, b));
     }
     shape[ndim++] = sa == 1 ? sb : sa;
-    nbatch_b *= sb;
   }
   MOE_TRY(moe_shape_numel(c->op->name, nb, shape, &nbatch));
   if (!drop_m) shape[ndim++] = m;
@@ -102,6 +101,7 @@ static moe_status multiply(moe_ctx *c, moe_tensor *a, bool ta, moe_tensor *b, bo
   if (r == NULL || a == NULL || b == NULL) return moe_error_code();
   if (k == 0) return moe_fill(y, 0);
   if (moe_numel(y) == 0) return MOE_OK;
+  for (int d = 0; d < b->ndim - 2; d++) nbatch_b *= b->shape[d];
 
   bool va, vb; /* stored transposed */
   int64_t lda, ldb;
@@ -141,8 +141,8 @@ moe_tensor *moe_reshaped(moe_tensor *t, int ndim, const int64_t *shape) {
 /* [.., n] -> [rows, n] */
 static moe_tensor *as_rows(moe_tensor *t) {
   if (t == NULL || t->ndim == 2) return t;
-  int64_t n = t->shape[t->ndim - 1], rows = 1;
-  for (int d = 0; d + 1 < t->ndim; d++) rows *= t->shape[d];
+  int64_t n = t->shape[t->ndim - 1], rows;
+  if (moe_shape_numel("matmul", t->ndim - 1, t->shape, &rows) != MOE_OK) return NULL;
   return moe_reshaped(t, 2, (const int64_t[]){rows, n});
 }
 
@@ -347,7 +347,7 @@ moe_status moe_fwd_linear(moe_ctx *c) {
   if (x->ndim < 1 || w->ndim != 2)
     return OP_FAIL(c, "wants x [.., in] and weight [out, in]: x is %s, weight is %s", moe_shape_of(bx, x), moe_shape_of(bw, w));
   if (x->shape[x->ndim - 1] != w->shape[1]) return inner_differ(c, "x", x, x->ndim - 1, "weight", w, 1);
-  int64_t k = w->shape[1], n = w->shape[0], shape[MOE_MAX_DIM], m = 1;
+  int64_t k = w->shape[1], n = w->shape[0], shape[MOE_MAX_DIM], m;
   moe_dtype dt = moe_dtype_promote(x->dtype, w->dtype);
   if (bias) {
     MOE_TRY(moe_want_float(c, "bias", bias));
@@ -358,7 +358,8 @@ moe_status moe_fwd_linear(moe_ctx *c) {
   }
   moe_dtype ct = moe_dtype_compute(dt);
   moe_device *dev = moe_dev(x);
-  for (int d = 0; d + 1 < x->ndim; d++) m *= shape[d] = x->shape[d];
+  for (int d = 0; d + 1 < x->ndim; d++) shape[d] = x->shape[d];
+  MOE_TRY(moe_shape_numel(c->op->name, x->ndim - 1, shape, &m));
   shape[x->ndim - 1] = n;
   save_pair(c, x, w);
   moe_tensor *y = moe_out(c, 0, x->ndim, shape, dt), *r = y == NULL || dt == ct ? y : moe_empty(x->ndim, shape, ct, dev);
