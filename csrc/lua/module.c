@@ -1,6 +1,6 @@
 /* C layers in Lua: userdata "moe.Module". Fields are parameters, buffers and options; the protocol of modules
 ** (parameters, state_dict, to, train ...) is written once, in lua/moe/nn/module.lua, over the few functions in
-** the table core.module here.
+** the table core._module here.
 **
 ** User value 1 of a module is a table slot name -> tensor box, so that m.weight is one and the same userdata
 ** each time and what hangs on it (hooks, anchors) lives as long as the module.
@@ -419,7 +419,7 @@ static int module_new(lua_State *L) {
   return moeL_leave(L, &f, box->m ? MOE_OK : moe_error_code(), 1);
 }
 
-/* --- core.module: what the protocol in Lua stands on --- */
+/* --- core._module: what the protocol in Lua stands on --- */
 
 static int is_module(lua_State *L) {
   lua_pushboolean(L, to_module(L, 1) != NULL);
@@ -535,6 +535,20 @@ static int initialise(lua_State *L) {
   return moeL_leave(L, &f, moe_init_named(t, text), 1);
 }
 
+/* nearest(name, {known names}) -> the known name nearest to it, or nil */
+static int nearest(lua_State *L) {
+  enum { MOST = 128 };
+  const char *names[MOST + 1];
+  int n = 0;
+  const char *key = luaL_checkstring(L, 1);
+  luaL_checktype(L, 2, LUA_TTABLE);
+  luaL_checkstack(L, MOST + 4, "nearest");
+  for (lua_Integer i = 1; n < MOST && lua_rawgeti(L, 2, i) == LUA_TSTRING; i++) names[n++] = lua_tostring(L, -1);
+  names[n] = NULL;
+  lua_pushstring(L, moeL_nearest(key, names));
+  return 1;
+}
+
 static const luaL_Reg metamethods[] = {
   {"__call", module_call}, {"__tostring", module_tostring}, {"__gc", module_gc}, {NULL, NULL}};
 
@@ -543,9 +557,9 @@ static const luaL_Reg methods[] = {{"forward", module_call}, {"state", module_st
 static const luaL_Reg functions[] = {
   {"is", is_module},     {"is_tensor", is_tensor}, {"entries", entries}, {"info", tensor_info}, {"set_tag", set_tag},
   {"head", module_head}, {"drop_grad", drop_grad}, {"assign", assign},     {"convert", convert},
-  {"mark", set_requires_grad}, {"initialise", initialise}, {NULL, NULL}};
+  {"mark", set_requires_grad}, {"initialise", initialise}, {"nearest", nearest}, {NULL, NULL}};
 
-/* core.module.make[group][name](options) */
+/* core._module.make[group][name](options) */
 static void push_constructors(lua_State *L) {
   lua_newtable(L);
   for (int i = 0; i < moe_module_count; i++) {
@@ -616,7 +630,7 @@ void moeL_open_module(lua_State *L) {
   lua_setfield(L, -2, "make");
   push_initialisers(L);
   lua_setfield(L, -2, "initialisers");
-  lua_setfield(L, -3, "module");
+  lua_setfield(L, -3, "_module");
   lua_pop(L, 1);
   lua_pushcfunction(L, list_rows);
   lua_setfield(L, -2, "modules");

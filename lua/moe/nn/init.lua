@@ -12,7 +12,7 @@ local nn = {
   init = require "moe.nn.initializers",
 }
 
-for _, part in ipairs { require "moe.nn.containers", require "moe.nn.activations", core.module.make.nn or {} } do
+for _, part in ipairs { require "moe.nn.containers", require "moe.nn.activations", core._module.make.nn or {} } do
   for name, value in pairs(part) do nn[name] = value end
 end
 

@@ -2,7 +2,7 @@
 -- names, `init = "normal(0.02)"`, are options of layers.
 
 local core = require "moe.core"
-local low = core.module
+local low = core._module
 
 local M = {}
 

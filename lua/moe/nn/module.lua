@@ -4,7 +4,7 @@
 -- its own tensors and its children, in order. Everything below is written over that one function.
 
 local core = require "moe.core"
-local low = core.module
+local low = core._module
 
 local PARAMETER <const>, BUFFER <const>, NO_DECAY <const> = 1, 2, 4
 

@@ -1,0 +1,135 @@
+/* Multi-head attention with one fused projection of queries, keys and values; a mixer whose state is the cache
+** of keys and values. Grouped heads: Ainslie et al., "GQA", 2023.
+*/
+#include "nn/init.h"
+#include "nn/module.h"
+
+enum { QKV_WEIGHT, QKV_BIAS, O_WEIGHT, O_BIAS, Q_NORM, K_NORM }; /* slots */
+enum { HEADS, KV_HEADS, HEAD_DIM, CAUSAL, ROPE };                /* data */
+enum { K, V };                                                   /* state: [batch, kv heads, time, head_dim] */
+
+static moe_status projection(moe_module *m, const char *weight, const char *bias, bool with_bias, int64_t out, int64_t in) {
+  const char *init = moe_module_string(m, "init");
+  moe_tensor *w = moe_module_parameter(m, weight, 2, (const int64_t[]){out, in});
+  if (w == NULL) return moe_error_code();
+  MOE_TRY(init ? moe_init_named(w, init) : moe_init_linear(w, in));
+  if (!with_bias) {
+    moe_module_absent(m, bias);
+    return MOE_OK;
+  }
+  moe_tensor *b = moe_module_parameter(m, bias, 1, &out);
+  if (b == NULL) return moe_error_code();
+  b->tag |= MOE_TAG_NO_DECAY;
+  return moe_fill(b, 0);
+}
+
+static moe_status head_norm(moe_module *m, const char *name, int64_t n) {
+  if (!moe_module_flag(m, "qk_norm")) {
+    moe_module_absent(m, name);
+    return MOE_OK;
+  }
+  moe_tensor *w = moe_module_parameter(m, name, 1, &n);
+  if (w == NULL) return moe_error_code();
+  w->tag |= MOE_TAG_NO_DECAY;
+  return moe_fill(w, 1);
+}
+
+moe_status moe_nn_init_attention(moe_module *m) {
+  static const char *const sizes[] = {"d_model", "num_heads", "num_kv_heads", "head_dim"};
+  for (int i = 0; i < 4; i++) MOE_TRY(moe_module_at_least(m, sizes[i], 1));
+  int64_t d = moe_module_int(m, "d_model", 0), heads = moe_module_int(m, "num_heads", 0);
+  int64_t kv = moe_module_int(m, "num_kv_heads", heads), dim = moe_module_int(m, "head_dim", d / heads);
+  double p = moe_module_number(m, "dropout", 0);
+  if (moe_module_opt(m, "head_dim")->kind == MOE_K_none && d % heads != 0)
+    return moe_module_fail(m, "d_model = %lld is no multiple of num_heads = %lld (or give head_dim)", (long long)d,
+                           (long long)heads);
+  if (heads > 1 << 24) return moe_module_fail(m, "num_heads = %lld is too large", (long long)heads);
+  if (heads % kv != 0)
+    return moe_module_fail(m, "num_heads = %lld is no multiple of num_kv_heads = %lld", (long long)heads, (long long)kv);
+  if (moe_module_flag(m, "rope") && dim % 2 != 0)
+    return moe_module_fail(m, "rope turns pairs: head_dim must be even, got %lld", (long long)dim);
+  if (!(p >= 0 && p < 1)) return moe_module_fail(m, "dropout must lie in [0, 1), got %g", p);
+  m->data[HEADS] = heads;
+  m->data[KV_HEADS] = kv;
+  m->data[HEAD_DIM] = dim;
+  m->data[CAUSAL] = moe_module_flag(m, "causal");
+  m->data[ROPE] = moe_module_flag(m, "rope");
+  int64_t total;
+  MOE_TRY(moe_shape_numel(m->cls->name, 3, (const int64_t[]){heads + 2 * kv, dim, d}, &total));
+  bool bias = moe_module_flag(m, "bias");
+  bool qkv_bias = moe_module_int(m, "qkv_bias", bias) != 0;
+  MOE_TRY(projection(m, "qkv_proj.weight", "qkv_proj.bias", qkv_bias, (heads + 2 * kv) * dim, d));
+  MOE_TRY(projection(m, "o_proj.weight", "o_proj.bias", bias, d, heads * dim));
+  MOE_TRY(head_norm(m, "q_norm.weight", dim));
+  return head_norm(m, "k_norm.weight", dim);
+}
+
+moe_status moe_nn_start_attention(moe_module *m, int64_t batch, moe_tensor **out) {
+  int64_t shape[4] = {batch, m->data[KV_HEADS], 0, m->data[HEAD_DIM]};
+  out[K] = moe_zeros(4, shape, m->dtype, m->device);
+  out[V] = moe_zeros(4, shape, m->dtype, m->device);
+  return MOE_OK;
+}
+
+static moe_value maybe(moe_tensor *t) { return t ? T(t) : NIL; }
+
+static moe_status check_state(const moe_module *m, const moe_tensor *t, const char *name, int64_t batch) {
+  char shape[MOE_SHAPE_TEXT];
+  if (t->ndim == 4 && t->shape[0] == batch && t->shape[1] == m->data[KV_HEADS] && t->shape[3] == m->data[HEAD_DIM])
+    return MOE_OK;
+  return moe_module_fail(m, "state.%s must be [%lld, %lld, time, %lld], got %s", name, (long long)batch,
+                         (long long)m->data[KV_HEADS], (long long)m->data[HEAD_DIM], moe_shape_of(shape, t));
+}
+
+/* keys or values so far, then the new ones */
+static moe_tensor *extend(moe_tensor *past, moe_tensor *now) {
+  if (past == NULL || past->shape[2] == 0 || now == NULL) return now;
+  moe_tensor *both[2] = {past, now};
+  return MOE_CALL(cat, TS(both, 2), I(2));
+}
+
+moe_status moe_nn_forward_attention(moe_module *m, moe_module_call *c) {
+  moe_tensor *x = c->arg[0].t, *mask = c->arg[1].kind == MOE_K_none ? NULL : c->arg[1].t;
+  char got[MOE_SHAPE_TEXT];
+  int64_t d = moe_module_int(m, "d_model", 0), heads = m->data[HEADS], kv = m->data[KV_HEADS], dim = m->data[HEAD_DIM];
+  if (x->ndim != 3 || x->shape[2] != d)
+    return moe_module_fail(m, "x must be [batch, time, %lld], got %s", (long long)d, moe_shape_of(got, x));
+  int64_t batch = x->shape[0], time = x->shape[1], past = 0;
+  if (c->state[K] && c->state[V]) {
+    MOE_TRY(check_state(m, c->state[K], "k", batch));
+    MOE_TRY(check_state(m, c->state[V], "v", batch));
+    if (c->state[K]->shape[2] != c->state[V]->shape[2])
+      return moe_module_fail(m, "state.k and state.v hold %lld and %lld positions", (long long)c->state[K]->shape[2],
+                             (long long)c->state[V]->shape[2]);
+    past = c->state[K]->shape[2];
+  } else if (c->state[K] || c->state[V]) {
+    return moe_module_fail(m, "the state must hold both k and v");
+  }
+
+  moe_tensor *qkv = MOE_CALL(linear, T(x), T(m->slot[QKV_WEIGHT].t), maybe(m->slot[QKV_BIAS].t));
+  moe_tensor *split[3] = {NULL}, *y = MOE_CALL(reshape, T(qkv), INTS(((const int64_t[]){batch, time, heads + 2 * kv, dim}), 4));
+  MOE_TRY(MOE_CALLN(split, split, T(y), INTS(((const int64_t[]){heads, kv, kv}), 3), I(2)));
+  moe_tensor *q = MOE_CALL(transpose, T(split[0]), I(1), I(2)); /* views [batch, heads, time, dim] */
+  moe_tensor *k = MOE_CALL(transpose, T(split[1]), I(1), I(2));
+  moe_tensor *v = MOE_CALL(transpose, T(split[2]), I(1), I(2));
+  if (m->slot[Q_NORM].t) {
+    q = MOE_CALL(rms_norm, T(q), T(m->slot[Q_NORM].t));
+    k = MOE_CALL(rms_norm, T(k), T(m->slot[K_NORM].t));
+  }
+  if (m->data[ROPE]) {
+    moe_value base = F(moe_module_number(m, "rope_base", 10000)), start = I(past);
+    q = MOE_CALL(rope, T(q), NIL, start, base);
+    k = MOE_CALL(rope, T(k), NIL, start, base);
+  }
+  k = extend(c->state[K], k);
+  v = extend(c->state[V], v);
+  c->next[K] = k;
+  c->next[V] = v;
+  double p = m->training ? moe_module_number(m, "dropout", 0) : 0;
+  y = MOE_CALL(attention, T(q), T(k), T(v), maybe(mask), I(m->data[CAUSAL]), NIL);
+  (void)p;
+  y = MOE_CALL(transpose, T(y), I(1), I(2));
+  y = MOE_CALL(reshape, T(y), INTS(((const int64_t[]){batch, time, heads * dim}), 3));
+  c->out[0] = MOE_CALL(linear, T(y), T(m->slot[O_WEIGHT].t), maybe(m->slot[O_BIAS].t));
+  return MOE_OK;
+}
