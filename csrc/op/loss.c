@@ -72,7 +72,7 @@ static moe_status ce_reduce(moe_ctx *c, const ce *o, moe_tensor *loss, moe_tenso
 
 static moe_status ce_forward(moe_ctx *c, bool log_prob) {
   moe_tensor *a = c->arg[0].t, *w0 = optional(c, 2);
-  bool soft;
+  bool soft = false;
   MOE_TRY(ce_check(c, log_prob, &soft));
   ce o = ce_options(c, a->shape, a->ndim, a->dtype);
   if (!(o.smoothing >= 0 && o.smoothing <= 1)) return OP_FAIL(c, "label_smoothing must lie in 0 .. 1, got %g", o.smoothing);

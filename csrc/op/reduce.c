@@ -134,7 +134,7 @@ static moe_status extreme_bwd(moe_ctx *c, const fold *f, bool magnitude) {
   return gin_set(c, 0, moe_fold_back(f, gx));
 }
 
-moe_status moe_bwd_extreme(moe_ctx *c) {
+moe_status moe_bwd_amax(moe_ctx *c) {
   fold f;
   if (c->gout[0] == NULL) return MOE_OK;
   if (!fold_args(c, 1, false, c->in[0].ndim, c->in[0].shape, &f)) return moe_error_code();
@@ -176,7 +176,7 @@ moe_status moe_fwd_min(moe_ctx *c) { return max_or_min(c, false); }
 moe_status moe_bwd_max(moe_ctx *c) {
   const moe_meta *in = &c->in[0];
   if (c->gout[0] == NULL) return MOE_OK;
-  if (c->arg[1].kind == MOE_K_none) return moe_bwd_extreme(c);
+  if (c->arg[1].kind == MOE_K_none) return moe_bwd_amax(c);
   int dim = moe_arg_dim(c, 1, in->ndim);
   bool keepdim = c->arg[2].i;
   if (in->ndim == 0) return gin_set(c, 0, c->gout[0]);
