@@ -9,6 +9,7 @@
 #include "cpu/vmath.h"
 
 enum { SCRATCH = 6 }; /* the scratch slot of these kernels */
+enum { FAILED_MEMORY = 1, FAILED_RANGE };
 
 typedef struct router_job {
   const moe_topk_options *o;
@@ -41,6 +42,9 @@ typedef struct router_job {
 
 static moe_status router_run(router_job *j, moe_range_fn *fn) {
   moe_parallel_range(j->o->tokens, MOE_MAX(1, MOE_GRAIN / MOE_MAX(1, j->o->experts)), fn, j);
+  if (j->failed == FAILED_RANGE)
+    return moe_fail(MOE_EINVAL, "router_topk: choice has a value outside of %lld to %lld", (long long)j->base,
+                    (long long)(j->base + j->o->experts - 1));
   return j->failed ? moe_fail(MOE_ENOMEM, "out of memory for the router's scratch space") : MOE_OK;
 }
 

@@ -67,7 +67,7 @@ static void R(topk_rows)(void *arg, int64_t begin, int64_t end, int worker) {
   int64_t E = o->experts, k = o->top_k, most = MOE_MAX(MOE_MAX(k, o->n_group), o->group_top);
   char *room = moe_scratch(SCRATCH, (E + 2 * most) * (int64_t)sizeof(REAL) + most * (int64_t)sizeof(int64_t) + 64);
   if (room == NULL) {
-    atomic_store(&j->failed, 1);
+    atomic_store(&j->failed, FAILED_MEMORY);
     return;
   }
   int64_t *order = (int64_t *)room;
@@ -86,13 +86,20 @@ static void R(topk_rows)(void *arg, int64_t begin, int64_t end, int worker) {
     }
     R(score_row)(score, x, E, o->score);
     const REAL *from = o->score_after ? x : score;
-    if (j->bias)
-      for (int64_t e = 0; e < E; e++) key[e] = from[e] + ((const REAL *)j->bias)[e];
-    else
-      memcpy(key, from, (size_t)E * sizeof *key);
-    if (o->n_group > 1) R(mask_groups)(key, o, order, value, judge);
-    R(choose)(order, value, key, E, k);
+    if (o->forced == NULL) {
+      if (j->bias)
+        for (int64_t e = 0; e < E; e++) key[e] = from[e] + ((const REAL *)j->bias)[e];
+      else
+        memcpy(key, from, (size_t)E * sizeof *key);
+      if (o->n_group > 1) R(mask_groups)(key, o, order, value, judge);
+      R(choose)(order, value, key, E, k);
+    }
     for (int64_t i = 0; i < k; i++) {
+      if (o->forced) order[i] = o->forced[t * k + i] - j->base;
+      if (order[i] < 0 || order[i] >= E) {
+        atomic_store(&j->failed, FAILED_RANGE);
+        return;
+      }
       index[i] = order[i] + j->base;
       weight[i] = from[order[i]];
     }
@@ -135,7 +142,7 @@ static void R(topk_rows_bwd)(void *arg, int64_t begin, int64_t end, int worker) 
   int64_t E = o->experts, k = o->top_k;
   REAL *u = moe_scratch(SCRATCH, 2 * k * (int64_t)sizeof(REAL)), *gu = u + k;
   if (u == NULL) {
-    atomic_store(&j->failed, 1);
+    atomic_store(&j->failed, FAILED_MEMORY);
     return;
   }
   for (int64_t t = begin; t < end; t++) {

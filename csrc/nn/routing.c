@@ -327,3 +327,21 @@ moe_tensor *moe_routing_offsets(const moe_routing *r, int base) {
   v[r->experts] = at;
   return device_list(v, r->experts + 1, moe_dev(load));
 }
+
+moe_tensor *moe_routing_importance(const moe_routing *r) {
+  moe_plan p = moe_routing_plan(r);
+  moe_tensor *t = moe_zeros(1, &r->experts, MOE_f64, moe_dev(r->plan[0])), *experts = moe_routing_expert(r, 0);
+  int64_t n = r->weight ? moe_numel(r->weight) : 0, E = r->experts;
+  double *sum = calloc((size_t)E, sizeof *sum), *weight = malloc((size_t)(n + 1) * sizeof *weight);
+  int64_t *expert = experts ? host_list(experts, 0) : NULL, *source = host_list(r->plan[MOE_PLAN_SOURCE], 0);
+  bool ok = t && sum && weight && expert && source;
+  if (!sum || !weight) moe_fail(MOE_ENOMEM, "out of memory for the statistics of a routing");
+  if (ok && r->weight) ok = moe_read(r->weight, weight, MOE_f64) == MOE_OK;
+  for (int64_t i = 0; ok && i < p.rows; i++) sum[expert[i]] += r->weight ? weight[source[i]] : 1;
+  if (ok) ok = moe_write(t, sum, MOE_f64) == MOE_OK;
+  free(sum);
+  free(weight);
+  free(expert);
+  free(source);
+  return ok ? moe_to_raw(t, MOE_f32, moe_dev(t)) : NULL;
+}

@@ -39,6 +39,8 @@ void moe_routing_free(moe_routing *r); /* one reference less */
 static inline moe_plan moe_routing_plan(const moe_routing *r) { return moe_plan_of(r->plan, r->experts); }
 /* i64 [experts], scoped */
 moe_tensor *moe_routing_load(const moe_routing *r);
+/* The sum of every expert's weights, f32 [experts], scoped */
+moe_tensor *moe_routing_importance(const moe_routing *r);
 /* Lists for a reader who counts from `base`, scoped: the expert of every row; where every expert's rows begin, [experts + 1];
 ** one of the plan's lists of tokens, sources or slots. */
 moe_tensor *moe_routing_expert(const moe_routing *r, int base);

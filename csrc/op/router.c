@@ -5,7 +5,7 @@
 #include "op/op.h"
 #include "tensor/plan.h"
 
-enum { LOGITS, BIAS, MASK, TOP_K, SCORE, SCORE_AFTER, N_GROUP, TOPK_GROUP, GROUP_TOP, NORM, SCALE };
+enum { LOGITS, BIAS, MASK, TOP_K, SCORE, SCORE_AFTER, N_GROUP, TOPK_GROUP, GROUP_TOP, NORM, SCALE, CHOICE };
 
 static void options_of(const moe_ctx *c, int64_t tokens, int64_t experts, moe_topk_options *o) {
   const moe_value *a = c->arg;
@@ -48,6 +48,13 @@ moe_status moe_fwd_router_topk(moe_ctx *c) {
   moe_topk_options o;
   options_of(c, T, E, &o);
   MOE_TRY(check(c, &o));
+  moe_tensor *choice = c->arg[CHOICE].kind == MOE_K_tensor ? c->arg[CHOICE].t : NULL;
+  if (choice) {
+    if (choice->ndim != 2 || choice->shape[0] != T || choice->shape[1] != o.top_k)
+      return OP_FAIL(c, "choice is %s, wanted [%lld, %lld]", moe_shape_of(b, choice), (long long)T, (long long)o.top_k);
+    if ((choice = moe_dense(choice, MOE_i64)) == NULL) return moe_error_code();
+    o.forced = moe_data_i64(choice);
+  }
   moe_dtype ct = moe_dtype_compute(x->dtype);
   int64_t shape[] = {T, o.top_k};
   /* A router decides in f32 at least, whatever its logits are stored in. */

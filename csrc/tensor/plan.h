@@ -45,6 +45,7 @@ typedef struct moe_topk_options {
   bool normalise;        /* weights of a token sum to 1 */
   int64_t n_group, topk_group, group_top; /* groups of experts; so many stay; judged by the sum of so many best */
   double scale;
+  const int64_t *forced; /* [tokens, top_k] a choice made before, instead of choosing; or NULL */
 } moe_topk_options;
 
 /* Activations of expert networks. ORDER MOE_ACT: the choices of the option `act` in op/ops.def. */
