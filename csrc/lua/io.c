@@ -1,4 +1,4 @@
-/* moe.core.io: safetensors, JSON, and the little of a file system that checkpoints need.
+/* moe.core.files (moe.io in Lua): safetensors, JSON, and the little of a file system that checkpoints need.
 ** Misuse raises; what files do to us is answered with nil, message.
 */
 #include "io/file.h"
@@ -8,6 +8,7 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "lua/lmoe.h"
 
@@ -402,7 +403,14 @@ static int io_kind(lua_State *L) {
   return 1;
 }
 
+/* is_terminal(1 or 2): of standard output or error */
+static int io_is_terminal(lua_State *L) {
+  lua_pushboolean(L, isatty((int)luaL_checkinteger(L, 1)));
+  return 1;
+}
+
 static const luaL_Reg functions[] = {{"save", io_save},
+                                     {"is_terminal", io_is_terminal},
                                      {"load", io_load},
                                      {"inspect", io_inspect},
                                      {"json_decode", io_json_decode},
@@ -429,5 +437,5 @@ void moeL_open_io(lua_State *L) {
   new_type(L, BLOCK_GUARD, block_gc);
   lua_newtable(L);
   moeL_setfuncs(L, functions);
-  lua_setfield(L, -2, "io");
+  lua_setfield(L, -2, "files");
 }

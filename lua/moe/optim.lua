@@ -10,7 +10,7 @@
 -- "vectors" (those of fewer than two dimensions) or "none".
 
 local core = require "moe.core"
-local low = core.optim
+local low = core.optimizer
 local is_tensor = core.module.is_tensor
 
 local M = {}
