@@ -249,6 +249,12 @@ static void trim_context(lua_State *L, int idx, const moe_signature *sig) {
   lua_replace(L, idx);
 }
 
+static void read(lua_State *L, const char *fname, const moe_signature *sig, int first, moe_value *v) {
+  moeL_readargs(L, fname, sig, first, v);
+  for (int i = 0; i < sig->nparams; i++)
+    if (v[i].kind == MOE_K_none) v[i] = sig->param[i].def;
+}
+
 static int module_call(lua_State *L) {
   moe_module *m = check_module(L, 1, "module");
   const moe_module_class *cls = m->cls;
@@ -260,7 +266,7 @@ static int module_call(lua_State *L) {
     first += take_state(L, cls, &c);
     if (lua_gettop(L) == first + 1 && lua_istable(L, first + 1)) trim_context(L, first + 1, sig);
   }
-  moeL_readargs(L, cls->name, sig, first, arg);
+  read(L, cls->name, sig, first, arg);
   c.arg = arg;
   luaL_checkstack(L, MOE_MODULE_SLOTS + MOE_MODULE_RESULTS + MOE_MODULE_STATE + 4, cls->name);
   for (int i = 0; i < m->nslots; i++) /* gradient hooks on parameters */
@@ -407,7 +413,7 @@ static int module_new(lua_State *L) {
   if (given > cls->npositional)
     return luaL_error(L, "%s: takes %d positional argument%s and a table of options, got %d", cls->name,
                       cls->npositional, cls->npositional == 1 ? "" : "s", given);
-  moeL_readargs(L, cls->name, moe_module_options(cls), 1, opt);
+  read(L, cls->name, moe_module_options(cls), 1, opt);
   moeL_module *box = lua_newuserdatauv(L, sizeof *box, 1);
   box->m = NULL;
   luaL_setmetatable(L, MOEL_MODULE);
