@@ -1,4 +1,4 @@
-/* moe.core.files (moe.io in Lua): safetensors, JSON, and the little of a file system that checkpoints need.
+/* moe.core._files (moe.io in Lua): safetensors, JSON, and the little of a file system that checkpoints need.
 ** Misuse raises; what files do to us is answered with nil, message.
 */
 #include "io/file.h"
@@ -437,5 +437,5 @@ void moeL_open_io(lua_State *L) {
   new_type(L, BLOCK_GUARD, block_gc);
   lua_newtable(L);
   moeL_setfuncs(L, functions);
-  lua_setfield(L, -2, "files");
+  lua_setfield(L, -2, "_files");
 }

@@ -1,4 +1,4 @@
-/* The userdata moe.Optimizer, over train/optim.h, and the functions of core.optimizer. lua/moe/optim.lua turns models and
+/* The userdata moe.Optimizer, over train/optim.h, and the functions of core._optimizer. lua/moe/optim.lua turns models and
 ** option tables into the list of groups that `new` takes.
 **
 ** User value 1 is the list of parameters as Lua sees them: hooks live on these boxes.
@@ -519,5 +519,5 @@ void moeL_open_optim(lua_State *L) {
   lua_pop(L, 1);
   lua_newtable(L);
   moeL_setfuncs(L, functions);
-  lua_setfield(L, -2, "optimizer");
+  lua_setfield(L, -2, "_optimizer");
 }

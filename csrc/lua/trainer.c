@@ -290,7 +290,7 @@ static const luaL_Reg methods[] = {{"_run", trainer_run},   {"_advance", trainer
 
 void moeL_open_train(lua_State *L) {
   moeL_open_optim(L);
-  lua_newtable(L); /* core.training */
+  lua_newtable(L); /* core._training */
   luaL_newmetatable(L, MOEL_TRAINER);
   lua_newtable(L);
   moeL_setfuncs(L, methods);
@@ -311,5 +311,5 @@ void moeL_open_train(lua_State *L) {
   lua_pop(L, 1);
   lua_pushcfunction(L, trainer_new);
   lua_setfield(L, -2, "new");
-  lua_setfield(L, -2, "training");
+  lua_setfield(L, -2, "_training");
 }

@@ -3,7 +3,7 @@
 -- Order of a save: the tensors' file (aside, then renamed), the manifest (the same way), and only then the removal of what
 -- the manifest no longer names. Killed at any moment, the manifest names files that are whole. Nothing read here is run.
 
-local files = require("moe.core").files
+local files = require("moe.core")._files
 
 local M = {}
 

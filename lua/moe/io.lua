@@ -7,7 +7,7 @@
 -- A file is written aside and renamed into place, so that neither a kill nor a full disk harms what was there; the
 -- same tensors give the same bytes.
 
-local low = require("moe.core").files
+local low = require("moe.core")._files
 
 return {
   save = low.save,

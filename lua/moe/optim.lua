@@ -10,8 +10,8 @@
 -- "vectors" (those of fewer than two dimensions) or "none".
 
 local core = require "moe.core"
-local low = core.optimizer
-local is_tensor = core.module.is_tensor
+local low = core._optimizer
+local is_tensor = core.is_tensor
 
 local M = {}
 

@@ -109,7 +109,7 @@ return function(n, options)
     end
   end
   local terminal = options.terminal
-  if terminal == nil then terminal = core.files.is_terminal(2) and os.getenv "TERM" ~= "dumb" end
+  if terminal == nil then terminal = core._files.is_terminal(2) and os.getenv "TERM" ~= "dumb" end
   return setmetatable({
     n = n,
     label = options.label,
