@@ -145,7 +145,7 @@ function helper.tensor(values, shape, opts)
   for _, size in ipairs(shape) do n = n * size end
   local flat = {}
   for i = 1, n do
-    flat[i] = type(values) == "function" and values(i) or values[i]
+    if type(values) == "function" then flat[i] = values(i) else flat[i] = values[i] end
   end
   if n == 0 then return moe.zeros(shape, opts) end
   if #shape == 0 then return moe.tensor(flat[1], opts) end
