@@ -199,8 +199,8 @@ moe_status moe_record_custom(const moe_custom *cb, moe_tensor **in, int nin, moe
 
 /* --- freeing, without recursion: nodes whose count falls to zero wait in a list --- */
 
-static _Thread_local moe_node *dead;
-static _Thread_local bool burying;
+static MOE_HOT_TLS moe_node *dead;
+static MOE_HOT_TLS bool burying;
 
 void moe_node_retain(moe_node *n) { n->refs++; }
 

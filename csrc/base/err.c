@@ -5,7 +5,7 @@
 #include <string.h>
 
 static _Thread_local char message[1024];
-static _Thread_local moe_status last_code;
+static MOE_HOT_TLS moe_status last_code;
 
 moe_status moe_fail(moe_status code, const char *fmt, ...) {
   va_list ap;

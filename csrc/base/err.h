@@ -31,6 +31,14 @@ enum {
 #define MOE_COLD
 #endif
 
+/* A small thread-local variable of the hot path. In a module that is loaded at run time the default model calls
+** a function at every access; glibc keeps some room for modules that ask for the fast one (512 bytes in all). */
+#if defined(__GLIBC__) && defined(__GNUC__)
+#define MOE_HOT_TLS _Thread_local __attribute__((tls_model("initial-exec")))
+#else
+#define MOE_HOT_TLS _Thread_local
+#endif
+
 /* Sets the message and returns `code`. */
 moe_status moe_fail(moe_status code, const char *fmt, ...) MOE_PRINTF(2, 3) MOE_COLD;
 /* Puts "prefix: " before the message of the last failure; returns its code. */

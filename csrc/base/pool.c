@@ -1,5 +1,7 @@
 #include "base/pool.h"
 
+#include "base/err.h"
+
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -27,8 +29,8 @@ static struct {
   uint64_t joined[MOE_MAX_THREADS]; /* the job number at which a worker was started */
 } pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER, .busy = PTHREAD_MUTEX_INITIALIZER};
 
-static _Thread_local bool inside; /* this thread is running a task ... */
-static _Thread_local int self_worker; /* ... as this worker */
+static MOE_HOT_TLS bool inside; /* this thread is running a task ... */
+static MOE_HOT_TLS int self_worker; /* ... as this worker */
 
 static inline void cpu_relax(void) {
 #if defined(__x86_64__)

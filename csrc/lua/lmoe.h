@@ -34,7 +34,9 @@ typedef struct moeL_ctx {
 
 typedef struct moeL_tensor {
   moe_tensor *t; /* NULL: closed, or not filled yet */
+  uint64_t mark; /* MOEL_MARK: tells a box from other userdata of its size without a metatable look-up */
 } moeL_tensor;
+#define MOEL_MARK UINT64_C(0x6d6f652e54656e73)
 
 typedef struct moeL_frame {
   moe_scope scope;

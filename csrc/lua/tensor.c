@@ -10,7 +10,7 @@ static const char metatable_key = 't';
 /* --- moe.scope: the boxes made while it runs are noted in a list, and closed at its end --- */
 
 static const char scope_key = 's';
-static _Thread_local int scopes_open; /* over all states of the thread: a cheap first test */
+static MOE_HOT_TLS int scopes_open; /* over all states of the thread: a cheap first test */
 
 static void note_in_scope(lua_State *L) { /* the new box is on the top */
   if (lua_rawgetp(L, LUA_REGISTRYINDEX, &scope_key) == LUA_TTABLE) {
@@ -83,6 +83,7 @@ static int core_scope(lua_State *L) {
 void moeL_box(lua_State *L) {
   moeL_tensor *b = lua_newuserdatauv(L, sizeof *b, 1);
   b->t = NULL;
+  b->mark = MOEL_MARK;
   lua_rawgetp(L, LUA_REGISTRYINDEX, &metatable_key);
   lua_setmetatable(L, -2);
   if (scopes_open) note_in_scope(L);
@@ -110,12 +111,9 @@ void moeL_pushtensor(lua_State *L, moe_tensor *t) {
 }
 
 static moeL_tensor *tobox(lua_State *L, int idx) {
+  if (lua_rawlen(L, idx) != sizeof(moeL_tensor)) return NULL; /* 0 for light userdata */
   moeL_tensor *b = lua_touserdata(L, idx);
-  if (b == NULL || !lua_getmetatable(L, idx)) return NULL;
-  lua_rawgetp(L, LUA_REGISTRYINDEX, &metatable_key);
-  bool same = lua_rawequal(L, -1, -2);
-  lua_pop(L, 2);
-  return same ? b : NULL;
+  return b && b->mark == MOEL_MARK ? b : NULL;
 }
 
 bool moeL_istensor(lua_State *L, int idx) { return tobox(L, idx) != NULL; }

@@ -4,6 +4,8 @@
 #include <string.h>
 
 #include "op/op.h"
+#include "op/pointwise.h" /* the variants that rows name */
+#include "tensor/reduction.h"
 
 #define moe_bwd_none NULL
 const moe_op moe_ops[MOE_OP_COUNT] = {

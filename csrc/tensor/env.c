@@ -2,8 +2,10 @@
 
 #include <stddef.h>
 
-static _Thread_local moe_env thread_env = {.rng = {.seed = 0x6d6f65}};
-static _Thread_local moe_env *current;
+#include "base/err.h"
+
+static MOE_HOT_TLS moe_env thread_env = {.rng = {.seed = 0x6d6f65}};
+static MOE_HOT_TLS moe_env *current;
 
 moe_env *moe_env_now(void) { return current ? current : &thread_env; }
 

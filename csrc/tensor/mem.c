@@ -5,6 +5,7 @@
 ** its own first bytes on host memory; device memory keeps a side list.
 */
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -19,10 +20,16 @@ typedef struct free_block {
 } free_block;
 
 typedef struct moe_cache {
-  pthread_mutex_t lock;
+  atomic_flag lock; /* held for a few instructions, or while the system is asked */
   free_block *list[CLASSES];
   int64_t live, peak, cached, allocations, system_allocations;
 } moe_cache;
+
+static inline void cache_lock(moe_cache *c) {
+  while (atomic_flag_test_and_set_explicit(&c->lock, memory_order_acquire)) sched_yield();
+}
+
+static inline void cache_unlock(moe_cache *c) { atomic_flag_clear_explicit(&c->lock, memory_order_release); }
 
 static pthread_mutex_t create_lock = PTHREAD_MUTEX_INITIALIZER;
 static _Atomic int64_t fail_after; /* > 0: counts down to a failure */
@@ -33,7 +40,7 @@ static moe_cache *cache_of(moe_device *d) {
   pthread_mutex_lock(&create_lock);
   c = d->cache;
   if (c == NULL && (c = calloc(1, sizeof *c)) != NULL) {
-    pthread_mutex_init(&c->lock, NULL);
+    atomic_flag_clear(&c->lock);
     __atomic_store_n(&d->cache, c, __ATOMIC_RELEASE);
   }
   pthread_mutex_unlock(&create_lock);
@@ -84,7 +91,7 @@ void *moe_mem_alloc(moe_device *d, int64_t bytes) {
   }
   int64_t block;
   int cls = class_of(bytes, &block);
-  pthread_mutex_lock(&c->lock);
+  cache_lock(c);
   void *p = cls < 0 ? NULL : pop(d, c, cls);
   if (p != NULL) {
     c->cached -= block;
@@ -102,7 +109,7 @@ void *moe_mem_alloc(moe_device *d, int64_t bytes) {
     if (c->live > c->peak) c->peak = c->live;
   }
   int64_t live = c->live, cached = c->cached;
-  pthread_mutex_unlock(&c->lock);
+  cache_unlock(c);
   if (p == NULL)
     moe_fail(MOE_ENOMEM, "out of memory on %s: %lld bytes wanted, %lld live, %lld cached", d->name, (long long)bytes,
              (long long)live, (long long)cached);
@@ -114,7 +121,7 @@ void moe_mem_free(moe_device *d, void *p, int64_t bytes) {
   moe_cache *c = cache_of(d);
   int64_t block;
   int cls = class_of(bytes, &block);
-  pthread_mutex_lock(&c->lock);
+  cache_lock(c);
   c->live -= block;
   free_block *b = NULL;
   if (cls >= 0) {
@@ -126,7 +133,7 @@ void moe_mem_free(moe_device *d, void *p, int64_t bytes) {
     c->list[cls] = b;
     c->cached += block;
   }
-  pthread_mutex_unlock(&c->lock);
+  cache_unlock(c);
   if (b == NULL) d->release(d, p, block);
 }
 
@@ -134,9 +141,9 @@ void moe_memory(moe_device *d, moe_memory_info *info) {
   memset(info, 0, sizeof *info);
   moe_cache *c = cache_of(d);
   if (c == NULL) return;
-  pthread_mutex_lock(&c->lock);
+  cache_lock(c);
   *info = (moe_memory_info){c->live, c->peak, c->cached, c->allocations, c->system_allocations};
-  pthread_mutex_unlock(&c->lock);
+  cache_unlock(c);
 }
 
 int64_t moe_memory_live(moe_device *d) {
@@ -147,15 +154,15 @@ int64_t moe_memory_live(moe_device *d) {
 void moe_memory_reset_peak(moe_device *d) {
   moe_cache *c = cache_of(d);
   if (c == NULL) return;
-  pthread_mutex_lock(&c->lock);
+  cache_lock(c);
   c->peak = c->live;
-  pthread_mutex_unlock(&c->lock);
+  cache_unlock(c);
 }
 
 void moe_memory_trim(moe_device *d) {
   moe_cache *c = cache_of(d);
   if (c == NULL) return;
-  pthread_mutex_lock(&c->lock);
+  cache_lock(c);
   trim(d, c);
-  pthread_mutex_unlock(&c->lock);
+  cache_unlock(c);
 }

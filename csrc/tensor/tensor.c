@@ -23,8 +23,8 @@ typedef struct thread_heads {
 
 enum { MAX_SPARES = 1024 };
 
-static _Thread_local thread_heads heads;
-static _Thread_local bool heads_registered;
+static MOE_HOT_TLS thread_heads heads;
+static MOE_HOT_TLS bool heads_registered;
 static pthread_key_t heads_key;
 static pthread_once_t heads_once = PTHREAD_ONCE_INIT;
 
