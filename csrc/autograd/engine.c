@@ -90,7 +90,8 @@ static void prune(walk *w) {
 
 /* --- sums --- */
 
-static bool ours_alone(const moe_tensor *t) { return t->refs == 1 && t->storage->refs == 1; }
+/* Nobody else can see it, and each element has a place of its own (an expanded gradient has not). */
+static bool ours_alone(const moe_tensor *t) { return t->refs == 1 && t->storage->refs == 1 && moe_is_contiguous(t); }
 
 /* *slot += g. Takes a reference of g. The sum is made in place when nobody else can see it. */
 static moe_status accumulate(moe_tensor **slot, moe_tensor *g, unsigned flags) {
