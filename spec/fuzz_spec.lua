@@ -113,7 +113,7 @@ local function fuzzer(seed)
     elseif k <= 94 then return depth < 3 and options(depth) or number()
     elseif k <= 98 then return pick(FUNCTIONS)
     end
-    return pick { recursive, hostile, thread, io.stderr, print, moe, math }
+    return pick { recursive, hostile, thread, io.stderr, print, math }
   end
 
   -- An argument of the kind that the signature asks for.
@@ -182,7 +182,7 @@ local function targets()
   end
   local function walk(prefix, t)
     local names = {}
-    for name, value in pairs(t) do
+    for name, value in next, t do
       if type(name) == "string" and type(value) == "function" and not name:match "^_" then names[#names + 1] = name end
     end
     table.sort(names)

@@ -195,7 +195,7 @@ end
 -- Public functions of a table of Lua or C functions, sorted: { name, function }.
 local function functions_of(t)
   local list = {}
-  for name, value in pairs(t) do
+  for name, value in next, t do
     if type(name) == "string" and type(value) == "function" and not name:match "^_" then
       list[#list + 1] = { name, value }
     end
