@@ -239,7 +239,8 @@ static int take_state(lua_State *L, const moe_module_class *cls, moe_module_call
   return n;
 }
 
-/* A context table may hold more than the call wants: keeps what the signature names. */
+/* m(x, ctx): a context table is handed down through whole models and holds more than one layer wants; keeps what
+** the signature names. */
 static void trim_context(lua_State *L, int idx, const moe_signature *sig) {
   lua_createtable(L, 0, sig->nparams);
   for (int i = 1; i < sig->nparams; i++) {
@@ -262,10 +263,8 @@ static int module_call(lua_State *L) {
   moe_module_call c = {.base = 1};
   moe_value arg[MOE_MAX_PARAM];
   int first = 2, nstate = 0, nresults = sig->nresults;
-  if (cls->state[0] != '\0') {
-    first += take_state(L, cls, &c);
-    if (lua_gettop(L) == first + 1 && lua_istable(L, first + 1)) trim_context(L, first + 1, sig);
-  }
+  if (cls->state[0] != '\0') first += take_state(L, cls, &c);
+  if (lua_gettop(L) == first + 1 && lua_istable(L, first + 1)) trim_context(L, first + 1, sig);
   read(L, cls->name, sig, first, arg);
   c.arg = arg;
   luaL_checkstack(L, MOE_MODULE_SLOTS + MOE_MODULE_RESULTS + MOE_MODULE_STATE + 4, cls->name);

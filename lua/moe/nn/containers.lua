@@ -47,11 +47,16 @@ M.sequential = Sequential
 function Sequential:init(...) fill(self, "sequential", ...) end
 Sequential.append = append
 
-function Sequential:forward(x)
+-- A context, where one is given, goes to every part.
+function Sequential:forward(x, ctx)
   local n = #self
   if n == 0 then return x end
-  for i = 1, n - 1 do x = self[i](x) end
-  return self[n](x)
+  if ctx == nil then
+    for i = 1, n - 1 do x = self[i](x) end
+    return self[n](x)
+  end
+  for i = 1, n - 1 do x = self[i](x, ctx) end
+  return self[n](x, ctx)
 end
 
 -- list{a, b, c}: parts by number, to be called as one likes.

@@ -1,0 +1,9 @@
+-- moe.mixer: sequence mixers, all called as `y = mixer(x)` or `y, state = mixer(x, state)`.
+
+local core = require "moe.core"
+require "moe.nn.module" -- gives C layers the protocol of modules
+
+local M = {}
+for name, make in pairs(core._module.make.mixer or {}) do M[name] = make end
+
+return M

@@ -1,0 +1,293 @@
+-- A decoder language model: embeddings, layers of a mixer and a feed-forward network (dense or sparse), a head.
+
+local moe = require "moe"
+local nn = moe.nn
+local options = require "moe.nn.options"
+local Block = require "moe.model.block"
+local generate = require "moe.model.generate"
+local low = require("moe.core")._module
+
+local LM = nn.module "lm"
+
+local ROWS = {
+  vocab_size = { "integer", options.required },
+  d_model = { "integer", options.required },
+  num_layers = { "integer", options.required },
+  num_heads = { "integer", 1 },
+  num_kv_heads = { "integer" },
+  head_dim = { "integer" },
+  max_seq_len = { "integer" },           -- needed for learned positions; elsewhere a window for generate
+  positional = { { "learned", "rope", "none" }, "learned" },
+  rope_base = { "number" },
+  qk_norm = { "boolean" },
+  norm = { { "layernorm", "rmsnorm" }, "layernorm" },
+  norm_eps = { "number" },
+  bias = { "boolean", false },           -- of the attention, the dense ffn and the norms
+  qkv_bias = { "boolean" },              -- where it differs from bias
+  norm_bias = { "boolean" },
+  head_bias = { "boolean", false },
+  dropout = { "number", 0 },             -- of embeddings, attention weights and what joins the residual stream
+  tie_embeddings = { "boolean", true },
+  mixer = { "any", "attention" },        -- "attention", function(layer) -> mixer, or a list of those, one a layer
+  ffn = { "any", "dense" },              -- "dense", "moe", "none", function(layer) -> ffn, or a list of those
+  ffn_hidden = { "integer" },            -- default 4 d_model; for gated activations 8/3 d_model, rounded up to 16
+  intermediate_size = { "integer" },     -- the same
+  activation = { { "gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu", "geglu", "reglu" }, "gelu" },
+  moe = { "table|function" },            -- options of moe.layer, or function(layer) -> them; also top_k
+  init = { "string|function", "normal(0.02)" }, -- of the linear weights; "default": each layer's own
+  embedding_init = { "string|function", "normal(0.02)" },
+  bias_init = { "string|function", "zeros" },
+  residual_scale = { "boolean", true },  -- projections into the residual stream times 1 / sqrt(2 num_layers)
+}
+
+local GATED <const> = { swiglu = true, geglu = true, reglu = true }
+
+local function of_layer(choice, i)
+  if type(choice) == "table" and getmetatable(choice) == nil then return choice[i] end
+  return choice
+end
+
+local function make_mixer(o, i)
+  local choice = of_layer(o.mixer, i)
+  if choice == "attention" then
+    return nn.attention {
+      d_model = o.d_model, num_heads = o.num_heads, num_kv_heads = o.num_kv_heads, head_dim = o.head_dim, bias = o.bias,
+      qkv_bias = o.qkv_bias, dropout = o.dropout, rope = o.positional == "rope", rope_base = o.rope_base,
+      qk_norm = o.qk_norm,
+    }
+  elseif type(choice) == "function" then
+    return choice(i)
+  elseif nn.is_module(choice) and type(o.mixer) == "table" then
+    return choice
+  end
+  error(("lm: the mixer of layer %d must be 'attention' or a function(layer), got %s"):format(i, tostring(choice)), 4)
+end
+
+local function hidden_size(o)
+  local hidden = o.intermediate_size or o.ffn_hidden
+  if hidden then return hidden end
+  if GATED[o.activation] then return (o.d_model * 8 // 3 + 15) // 16 * 16 end
+  return 4 * o.d_model
+end
+
+-- The options of moe.layer: what is not given follows the model.
+local function sparse_layer(o, i)
+  local given = o.moe
+  if type(given) == "function" then given = given(i) end
+  local out = {}
+  for k, v in pairs(given or {}) do out[k] = v end
+  if out.num_experts == nil and type(out.experts) ~= "userdata" then
+    error("lm: ffn = \"moe\" needs moe = { num_experts = ... }", 4)
+  end
+  out.d_model = out.d_model or o.d_model
+  out.router = out.router or moe.router.topk { top_k = out.top_k or 2 }
+  if out.experts == nil then
+    local hidden = out.intermediate_size or hidden_size(o)
+    if o.activation == "swiglu" then
+      out.experts = moe.experts.swiglu { intermediate_size = hidden }
+    else
+      out.experts = moe.experts.mlp { intermediate_size = hidden, activation = o.activation, bias = o.bias }
+    end
+  end
+  out.top_k, out.intermediate_size = nil, nil
+  return moe.layer(out)
+end
+
+local function make_ffn(o, i)
+  local choice = of_layer(o.ffn, i)
+  if choice == "none" then
+    return nil
+  elseif choice == "dense" then
+    return nn.ffn { d_model = o.d_model, intermediate_size = hidden_size(o), activation = o.activation, bias = o.bias }
+  elseif choice == "moe" then
+    return sparse_layer(o, i)
+  elseif type(choice) == "function" then
+    return choice(i)
+  elseif nn.is_module(choice) and type(o.ffn) == "table" then
+    return choice
+  end
+  error(("lm: the ffn of layer %d must be 'dense', 'moe', 'none' or a function(layer), got %s"):format(i, tostring(choice)), 4)
+end
+
+-- --- initial values ---
+
+-- A matrix by the initialiser; a bank [experts, out, in] expert by expert, so that fans are those of one expert.
+local function fill(t, how)
+  local values = t:detach()
+  if #t.shape < 3 then
+    nn.init.apply(values, how)
+  else
+    for e = 1, t.shape[1] do nn.init.apply(values[e], how) end
+  end
+end
+
+local function init_part(part, o)
+  for name, p in part:named_parameters() do
+    local dims = #p.shape
+    if name:find "bias$" then
+      if o.bias_init ~= "default" then nn.init.apply(p:detach(), o.bias_init) end
+    elseif dims >= 2 and o.init ~= "default" then
+      fill(p, o.init)
+    end
+    local into_residual = name:find "o_proj%.weight$" or name:find "down_proj$" or name:find "down_proj%.weight$"
+    if o.residual_scale and dims >= 2 and into_residual then
+      moe.no_grad(function() p:detach():mul_(1 / math.sqrt(2 * o.num_layers)) end)
+    end
+  end
+end
+
+-- Mixers other than attention keep their own values: decays and time steps are no projections.
+local function init_weights(self, o)
+  if o.embedding_init ~= "default" then
+    nn.init.apply(self.embed.weight:detach(), o.embedding_init)
+    if self.positions then nn.init.apply(self.positions.weight:detach(), o.embedding_init) end
+  end
+  for i, block in ipairs(self.layers) do
+    local custom_mixer, custom_ffn = of_layer(o.mixer, i), of_layer(o.ffn, i)
+    if custom_mixer == "attention" then init_part(block.mixer, o) end
+    if custom_ffn == "dense" or custom_ffn == "moe" then init_part(block.ffn, o) end
+  end
+  if self.head then
+    if o.init ~= "default" then fill(self.head.weight, o.init) end
+    if self.head.bias and o.bias_init ~= "default" then nn.init.apply(self.head.bias:detach(), o.bias_init) end
+  end
+end
+
+local function check(o)
+  for _, name in ipairs { "vocab_size", "d_model", "num_layers", "num_heads", "max_seq_len", "intermediate_size" } do
+    local least = name == "num_layers" and 0 or 1
+    if o[name] and o[name] < least then
+      error(("lm: %s must be at least %d, got %d"):format(name, least, o[name]), 4)
+    end
+  end
+  if o.positional == "learned" and not o.max_seq_len then
+    error("lm: positional = \"learned\" needs max_seq_len", 4)
+  end
+  if not (o.dropout >= 0 and o.dropout < 1) then error(("lm: dropout must lie in [0, 1), got %g"):format(o.dropout), 4) end
+  for _, name in ipairs { "mixer", "ffn" } do
+    local list = o[name]
+    if type(list) == "table" and getmetatable(list) == nil and #list ~= o.num_layers then
+      error(("lm: %s lists %d layers, num_layers is %d"):format(name, #list, o.num_layers), 4)
+    end
+  end
+end
+
+--- A language model of these options (see ROWS in lua/moe/model/lm.lua).
+function LM:init(given)
+  local o = options.read("lm", given, ROWS, 2)
+  check(o)
+  self.vocab_size, self.d_model, self.num_layers, self.max_seq_len = o.vocab_size, o.d_model, o.num_layers, o.max_seq_len
+  self.positional, self.routings = o.positional, {}
+  self.embed = nn.embedding(o.vocab_size, o.d_model)
+  if o.positional == "learned" then self.positions = nn.embedding(o.max_seq_len, o.d_model) end
+  if o.dropout > 0 then self.dropout = nn.dropout(o.dropout) end
+  local norm_bias = o.norm_bias
+  if norm_bias == nil then norm_bias = o.bias end
+  local layers = nn.list()
+  for i = 1, o.num_layers do
+    layers:append(Block {
+      d_model = o.d_model, mixer = make_mixer(o, i), ffn = make_ffn(o, i), norm = o.norm, norm_eps = o.norm_eps,
+      norm_bias = norm_bias, dropout = o.dropout,
+    })
+  end
+  self.layers = layers
+  self.norm = Block.make_norm { d_model = o.d_model, norm = o.norm, norm_eps = o.norm_eps, norm_bias = norm_bias }
+  if not o.tie_embeddings then self.head = nn.linear { in_features = o.d_model, out_features = o.vocab_size, bias = o.head_bias } end
+  init_weights(self, o)
+end
+
+function LM:extra()
+  return ("vocab_size=%d, d_model=%d, num_layers=%d, positional=%s"):format(self.vocab_size, self.d_model, self.num_layers,
+    self.positional)
+end
+
+-- The embedded tokens, those of the first position being number start + 1.
+local function embed(self, ids, start)
+  local shape = ids.shape
+  if #shape ~= 2 then
+    error(("lm: ids must be [batch, time], got [%s]"):format(table.concat(shape, ", ")), 3)
+  end
+  local x, time = self.embed(ids), shape[2]
+  if self.positions then
+    if start + time > self.max_seq_len then
+      error(("lm: %d positions, but max_seq_len is %d"):format(start + time, self.max_seq_len), 3)
+    end
+    local rows = self.positions.weight
+    if time < self.max_seq_len then rows = rows:narrow(1, start + 1, time) end
+    x = x + rows
+  end
+  if self.dropout then x = self.dropout(x) end
+  return x
+end
+
+-- What the layers see: the caller's context, with the token ids and the layer's number.
+local function inner_context(ctx, ids)
+  local inner = { token_ids = ids }
+  for k, v in pairs(ctx or {}) do inner[k] = v end
+  return inner
+end
+
+local function is_sparse(self)
+  if self._sparse == nil then
+    self._sparse = false
+    for _, block in ipairs(self.layers) do
+      if block.ffn and not (low.is(block.ffn)) then self._sparse = true end
+    end
+  end
+  return self._sparse
+end
+
+--- The normed last hidden states [batch, time, d_model]; with a state also the state after ids.
+function LM:hidden(ids, ctx, state)
+  self.routings = {}
+  local x = embed(self, ids, state and state.position or 0)
+  local inner = (ctx ~= nil or is_sparse(self)) and inner_context(ctx, ids) or nil
+  local after = state and { position = state.position + ids.shape[2] }
+  local routings = {}
+  for i, block in ipairs(self.layers) do
+    local s, routing
+    if inner then inner.layer = i end
+    x, s, routing = block(x, state and state[i], inner)
+    if after then after[i] = s end
+    if routing ~= nil then
+      routings[#routings + 1] = routing
+      inner.previous = routing
+    end
+  end
+  self.routings = routings
+  return self.norm(x), after
+end
+
+--- Scores of hidden states: [.., d_model] -> [.., vocab_size].
+function LM:logits(x)
+  if self.head then return self.head(x) end
+  return x:linear(self.embed.weight)
+end
+
+--- ids [batch, time] counting from 1 -> logits [batch, time, vocab_size]. With a state (model:state(batch), or what
+-- this returned) also the state after ids, and time continues from it.
+function LM:forward(ids, ctx, state)
+  local x, after = self:hidden(ids, ctx, state)
+  return self:logits(x), after
+end
+
+--- The empty state of a batch: caches of the mixers.
+function LM:state(batch)
+  local state = { position = 0 }
+  for i, block in ipairs(self.layers) do state[i] = block.mixer:state(batch or 1) end
+  return state
+end
+
+--- The sum of the auxiliary losses of the last forward's routings; the number 0 where there are none.
+function LM:aux()
+  local sum
+  for _, routing in ipairs(self.routings) do
+    local aux = routing:aux()
+    if aux ~= nil then sum = sum and sum + aux or aux end
+  end
+  return sum or 0
+end
+
+LM.generate = generate
+
+return LM
