@@ -133,7 +133,7 @@ moe_status moe_fwd_tile(moe_ctx *c) {
   if (n < x->ndim)
     return OP_FAIL(c, "%s repeats fewer dims than x of shape %s has", moe_shape_text(s, n, r), moe_shape_of(u, x));
   if (n > MOE_MAX_DIM) return OP_FAIL(c, "the result would have more than %d dimensions", MOE_MAX_DIM);
-  int64_t from[MOE_MAX_DIM], stride[MOE_MAX_DIM], shape[MOE_MAX_DIM], *pos[MOE_MAX_DIM] = {NULL};
+  int64_t from[MOE_MAX_DIM], stride[MOE_MAX_DIM], shape[MOE_MAX_DIM] = {0}, *pos[MOE_MAX_DIM] = {NULL};
   for (int d = 0; d < n; d++) {
     int old = d - (n - x->ndim);
     from[d] = old < 0 ? 1 : x->shape[old];
