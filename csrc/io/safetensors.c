@@ -9,15 +9,16 @@
 /* The reference implementation refuses longer headers too. */
 enum { MAX_HEADER = 100 * 1000 * 1000, COPY_PIECE = 1 << 24 };
 
-/* name, bytes an element, our type or -1 */
+/* name, bytes an element, our type or -1. Ours in the order in which the reference implementation writes them (the wide
+** ones first, so that all data are aligned): the same tensors then give the same bytes as its own. */
 static const struct {
   const char *name;
   int size, dtype;
 } types[] = {
-    {"F64", 8, MOE_f64},  {"F32", 4, MOE_f32}, {"BF16", 2, MOE_bf16}, {"F16", 2, MOE_f16}, {"I64", 8, MOE_i64},
-    {"I32", 4, MOE_i32},  {"U8", 1, MOE_u8},   {"BOOL", 1, MOE_bool}, {"I16", 2, -1},      {"I8", 1, -1},
-    {"U64", 8, -1},       {"U32", 4, -1},      {"U16", 2, -1},        {"F8_E4M3", 1, -1},  {"F8_E5M2", 1, -1},
-    {"F8_E8M0", 1, -1},   {"C64", 8, -1},
+    {"I64", 8, MOE_i64}, {"F64", 8, MOE_f64}, {"F32", 4, MOE_f32}, {"I32", 4, MOE_i32}, {"BF16", 2, MOE_bf16},
+    {"F16", 2, MOE_f16}, {"U8", 1, MOE_u8},   {"BOOL", 1, MOE_bool}, {"I16", 2, -1},    {"I8", 1, -1},
+    {"U64", 8, -1},      {"U32", 4, -1},      {"U16", 2, -1},      {"F8_E4M3", 1, -1},  {"F8_E5M2", 1, -1},
+    {"F8_E8M0", 1, -1},  {"C64", 8, -1},
 };
 enum { NTYPES = sizeof types / sizeof *types };
 
@@ -188,11 +189,16 @@ typedef struct item {
   moe_tensor *t;
 } item;
 
-/* Wide elements first, so that all data are aligned; by name within a width. */
-static int by_width_and_name(const void *a, const void *b) {
+static int type_row(moe_dtype t) {
+  int i = 0;
+  while (i < NTYPES - 1 && types[i].dtype != (int)t) i++;
+  return i;
+}
+
+static int by_type_and_name(const void *a, const void *b) {
   const item *x = a, *y = b;
-  int64_t wx = moe_dtype_size(x->t->dtype), wy = moe_dtype_size(y->t->dtype);
-  if (wx != wy) return wx > wy ? -1 : 1;
+  int tx = type_row(x->t->dtype), ty = type_row(y->t->dtype);
+  if (tx != ty) return tx < ty ? -1 : 1;
   return compare_strings(x->name.s, x->name.len, y->name.s, y->name.len);
 }
 
@@ -204,12 +210,6 @@ static int by_item_name(const void *a, const void *b) {
 static int by_key(const void *a, const void *b) {
   const moe_st_string *x = a, *y = b;
   return compare_strings(x->s, x->len, y->s, y->len);
-}
-
-static const char *type_name(moe_dtype t) {
-  for (int i = 0; i < NTYPES; i++)
-    if (types[i].dtype == (int)t) return types[i].name;
-  return "?";
 }
 
 static moe_status write_header(moe_text *b, int64_t n, const item *it, int64_t nmeta, const moe_st_string *meta) {
@@ -229,7 +229,7 @@ static moe_status write_header(moe_text *b, int64_t n, const item *it, int64_t n
     const moe_tensor *t = it[i].t;
     int64_t bytes = moe_numel(t) * moe_dtype_size(t->dtype);
     moe_text_quote(b, it[i].name.s, it[i].name.len);
-    moe_text_addf(b, ":{\"dtype\":\"%s\",\"shape\":[", type_name(t->dtype));
+    moe_text_addf(b, ":{\"dtype\":\"%s\",\"shape\":[", types[type_row(t->dtype)].name);
     for (int d = 0; d < t->ndim; d++) moe_text_addf(b, d > 0 ? ",%lld" : "%lld", (long long)t->shape[d]);
     moe_text_addf(b, "],\"data_offsets\":[%lld,%lld]}%s", (long long)at, (long long)(at + bytes), i + 1 < n ? "," : "");
     at += bytes;
@@ -287,7 +287,7 @@ moe_status moe_st_save(const char *path, int64_t n, const moe_st_string *name, m
     st = check_names(n, it, nmeta, pairs);
   }
   if (st == MOE_OK) {
-    qsort(it, (size_t)n, sizeof *it, by_width_and_name);
+    qsort(it, (size_t)n, sizeof *it, by_type_and_name);
     if (nmeta > 0) qsort(pairs, (size_t)nmeta, 2 * sizeof *pairs, by_key);
     st = write_header(&header, n, it, nmeta, pairs);
   }
