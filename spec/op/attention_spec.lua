@@ -1,0 +1,197 @@
+-- attention against PyTorch, against softmax(q k^T) v composed of other operations, and on its edges: blocks, masks,
+-- rows that see nothing, groups of heads, layouts.
+local helper = require "spec.helper"
+local moe = require "moe"
+
+local function leaf(values, opts)
+  local t = type(values) == "userdata" and values:detach():clone() or moe.tensor(values, { dtype = opts and opts.dtype or "f64" })
+  t.requires_grad = true
+  return t
+end
+
+-- The textbook form. mask: bool or added; causal aligned at the end. Rows that see nothing give 0.
+local function composed(q, k, v, opts)
+  opts = opts or {}
+  local h, hkv, t, s = q.shape[2], k.shape[2], q.shape[3], k.shape[3]
+  if h ~= hkv then
+    k, v = k:repeat_interleave(h // hkv, 2), v:repeat_interleave(h // hkv, 2)
+  end
+  local scores = q:matmul(k:transpose(3, 4)) * (opts.scale or 1 / math.sqrt(q.shape[4]))
+  local seen = moe.ones({ t, s }, { dtype = "bool" })
+  if opts.causal then seen = moe.ones({ t, s }):tril(s - t):to "bool" end
+  if opts.mask and opts.mask.dtype == "bool" then seen = seen:logical_and(opts.mask) end
+  if opts.mask and opts.mask.dtype ~= "bool" then scores = scores + opts.mask end
+  seen = seen:expand(scores.shape)
+  local weights = scores:masked_fill(seen:logical_not(), -1e30):softmax(-1)
+  weights = weights * seen:to(weights.dtype)
+  return weights:matmul(v)
+end
+
+local function random(rng, shape, dtype)
+  return helper.tensor(function() return rng.normal() end, shape, { dtype = dtype or "f64" })
+end
+
+-- Results and gradients of attention and of the composed form, for one weight of the result.
+local function compare(q, k, v, opts, tolerance)
+  local inputs = { q, k, v }
+  local mask = opts.mask
+  if mask and mask.dtype ~= "bool" then inputs[4] = mask end
+  local function run(f)
+    local x = {}
+    for i, t in ipairs(inputs) do
+      x[i] = t:detach()
+      x[i].requires_grad = true
+    end
+    local y = f(x[1], x[2], x[3], { mask = x[4] or mask, causal = opts.causal or false, scale = opts.scale })
+    local w = helper.tensor(function(i) return math.sin(i * 1.7) end, y.shape, { dtype = y.dtype })
+    local loss = (y * w):sum()
+    loss:backward()
+    local result = { y = y }
+    for i, name in ipairs { "dq", "dk", "dv", "dmask" } do result[name] = x[i] and x[i].grad end
+    return result
+  end
+  local expected, got = run(composed), run(moe.attention)
+  for name, t in pairs(expected) do
+    local scale = math.max(1, t:abs():max():item())
+    assert.close(t, got[name], { rtol = tolerance, atol = tolerance * scale, name = name })
+  end
+end
+
+describe("attention", function()
+  for name, case in pairs(helper.fixture "attention") do
+    it("agrees with PyTorch: " .. name, function()
+      local q, k, v, mask = leaf(case.q), leaf(case.k), leaf(case.v), nil
+      if case.dmask then mask = leaf(case.mask)
+      elseif case.mask then mask = moe.tensor(case.mask, { dtype = "bool" }) end
+      local y = moe.attention(q, k, v, { mask = mask, causal = case.causal, scale = case.scale })
+      local loss = (y * moe.tensor(case.g, { dtype = "f64" })):sum()
+      loss:backward()
+      local close = { rtol = 1e-8, atol = 2e-9 }
+      assert.close(case.y, y, close)
+      assert.close(case.dq, q.grad, close)
+      assert.close(case.dk, k.grad, close)
+      assert.close(case.dv, v.grad, close)
+      if case.dmask then assert.close(case.dmask, mask.grad, close) end
+    end)
+  end
+
+  -- blocks are of 64 queries and 256 keys: sizes below, at, above and far above
+  for _, size in ipairs {
+    { b = 2, h = 3, hkv = 3, t = 5, s = 7, d = 4, dv = 6 }, { b = 1, h = 2, hkv = 1, t = 64, s = 64, d = 8, dv = 8 },
+    { b = 1, h = 2, hkv = 2, t = 65, s = 257, d = 4, dv = 4 }, { b = 1, h = 4, hkv = 2, t = 130, s = 130, d = 6, dv = 2 },
+    { b = 1, h = 1, hkv = 1, t = 70, s = 600, d = 4, dv = 3 }, { b = 1, h = 2, hkv = 2, t = 1, s = 300, d = 4, dv = 4 },
+    { b = 2, h = 2, hkv = 1, t = 90, s = 20, d = 4, dv = 4 }, { b = 1, h = 1, hkv = 1, t = 3, s = 1, d = 1, dv = 1 },
+  } do
+    local title = ("b%d h%d/%d t%d s%d d%d dv%d"):format(size.b, size.h, size.hkv, size.t, size.s, size.d, size.dv)
+    local rng = helper.random(size.t * 1000 + size.s)
+    local function qkv(dtype)
+      return random(rng, { size.b, size.h, size.t, size.d }, dtype), random(rng, { size.b, size.hkv, size.s, size.d }, dtype),
+        random(rng, { size.b, size.hkv, size.s, size.dv }, dtype)
+    end
+
+    it("is the composed form, gradients included: " .. title, function()
+      for _, dtype in ipairs { "f64", "f32" } do
+        local tolerance = dtype == "f64" and 1e-11 or 3e-5
+        local q, k, v = qkv(dtype)
+        compare(q, k, v, {}, tolerance)
+        compare(q, k, v, { scale = -0.8 }, tolerance)
+        if size.t <= size.s then compare(q, k, v, { causal = true }, tolerance) end
+      end
+    end)
+
+    it("takes masks, with rows that see nothing: " .. title, function()
+      for _, dtype in ipairs { "f64", "f32" } do
+        local tolerance = dtype == "f64" and 1e-11 or 3e-5
+        local q, k, v = qkv(dtype)
+        local keep = helper.tensor(function(i) return rng() < 0.6 end, { size.t, size.s }, { dtype = "bool" })
+        keep:select(1, (size.t + 1) // 2):fill_(0)
+        compare(q, k, v, { mask = keep }, tolerance)
+        compare(q, k, v, { mask = keep, causal = true }, tolerance)
+        compare(q, k, v, { causal = true }, tolerance) -- with t > s the first queries see nothing
+        local per_key = helper.tensor(function(i) return i % 3 ~= 0 end, { size.b, 1, 1, size.s }, { dtype = "bool" })
+        compare(q, k, v, { mask = per_key }, tolerance)
+        compare(q, k, v, { mask = random(rng, { size.h, size.t, size.s }, dtype) }, tolerance)
+        compare(q, k, v, { mask = random(rng, { size.h, 1, 1 }, dtype), causal = true }, tolerance)
+      end
+    end)
+  end
+
+  it("gives zeros and zero gradients to a query that sees no key", function()
+    local q, k, v = leaf(moe.randn(1, 1, 3, 4)), leaf(moe.randn(1, 1, 2, 4)), leaf(moe.randn(1, 1, 2, 4))
+    local y = moe.attention(q, k, v, { causal = true }) -- query 1 of 3 sees keys up to 0
+    assert.close({ 0, 0, 0, 0 }, y[1][1][1], { rtol = 0, atol = 0 })
+    assert.close(v[1][1][1], y[1][1][2])
+    y:sum():backward()
+    assert.close({ 0, 0, 0, 0 }, q.grad[1][1][1], { rtol = 0, atol = 0 })
+    for _, x in ipairs { q, k, v } do assert.is_true(x.grad:isfinite():all():item()) end
+    local blind = moe.attention(q, k, v, { mask = moe.zeros({ 3, 2 }, { dtype = "bool" }) })
+    assert.close(moe.zeros { 1, 1, 3, 4 }, blind, { rtol = 0, atol = 0 })
+  end)
+
+  it("stays finite where scores are large", function()
+    local q, k = moe.full({ 1, 1, 2, 4 }, 300), moe.full({ 1, 1, 3, 4 }, 300)
+    local v = moe.tensor { { { { 1 }, { 2 }, { 6 } } } }
+    assert.close({ { { { 3 }, { 3 } } } }, moe.attention(q, k, v), { rtol = 1e-6 })
+    assert.close({ { { { 3 }, { 3 } } } }, moe.attention(q, -k, v), { rtol = 1e-6 })
+  end)
+
+  it("gives heads that were split out of [b, t, h d] back in that layout, without a copy", function()
+    local x = moe.randn(2, 5, 12)
+    local heads = x:reshape({ 2, 5, 3, 4 }):transpose(2, 3)
+    local y = moe.attention(heads, heads, heads, { causal = true })
+    assert.close(moe.attention(heads:contiguous(), heads:contiguous(), heads:contiguous(), { causal = true }), y)
+    assert.same({ 2, 3, 5, 4 }, y.shape)
+    assert.is_true(y:transpose(2, 3):is_contiguous())
+  end)
+
+  it("is the same whole and token by token", function()
+    local q, k, v = moe.randn(1, 2, 9, 4), moe.randn(1, 2, 9, 4), moe.randn(1, 2, 9, 4)
+    local whole = moe.attention(q, k, v, { causal = true })
+    for t = 1, 9 do
+      local step = moe.attention(q:narrow(3, t, 1), k:narrow(3, 1, t), v:narrow(3, 1, t), { causal = true })
+      assert.close(whole:narrow(3, t, 1), step, { rtol = 1e-5, atol = 1e-6 })
+    end
+  end)
+
+  it("gives the same bits for 1 and 2 threads", function()
+    local before = moe.threads()
+    finally(function() moe.threads(before) end)
+    local function run(n)
+      moe.threads(n)
+      moe.manual_seed(4)
+      local q, k, v = moe.randn(3, 4, 150, 16), moe.randn(3, 2, 300, 16), moe.randn(3, 2, 300, 16)
+      for _, x in ipairs { q, k, v } do x.requires_grad = true end
+      local y = moe.attention(q, k, v, { causal = true })
+      y:square():sum():backward()
+      return { y = y, dq = q.grad, dk = k.grad, dv = v.grad }
+    end
+    local one, two = run(1), run(2)
+    for name in pairs(one) do assert.close(one[name], two[name], { rtol = 0, atol = 0, name = name }) end
+  end)
+
+  it("knows empty sizes", function()
+    assert.same({ 0, 2, 3, 4 }, moe.attention(moe.zeros { 0, 2, 3, 4 }, moe.zeros { 0, 2, 3, 4 }, moe.zeros { 0, 2, 3, 4 }).shape)
+    assert.same({ 1, 2, 0, 4 }, moe.attention(moe.zeros { 1, 2, 0, 4 }, moe.zeros { 1, 2, 3, 4 }, moe.zeros { 1, 2, 3, 4 }).shape)
+    assert.close(moe.zeros { 1, 2, 3, 4 }, moe.attention(moe.ones { 1, 2, 3, 4 }, moe.ones { 1, 2, 0, 4 }, moe.ones { 1, 2, 0, 4 }))
+    local q = leaf(moe.ones { 1, 2, 3, 4 })
+    moe.attention(q, moe.ones({ 1, 2, 0, 4 }, { dtype = q.dtype }), moe.ones({ 1, 2, 0, 4 }, { dtype = q.dtype })):sum():backward()
+    assert.close(moe.zeros { 1, 2, 3, 4 }, q.grad)
+  end)
+
+  it("says what is wrong", function()
+    local function says(want, ...)
+      local message = helper.error_of(moe.attention, ...)
+      assert.truthy(message:find(want, 1, true), message)
+    end
+    local function z(...) return moe.zeros { ... } end
+    says("attention: q must be [batch, heads, positions, size], got [2, 3, 4]", z(2, 3, 4), z(2, 3, 4), z(2, 3, 4))
+    says("q and k differ in size (dim 4): q is [1, 2, 3, 4], k is [1, 2, 3, 5]", z(1, 2, 3, 4), z(1, 2, 3, 5), z(1, 2, 3, 5))
+    says("q's heads must be a multiple of k's (dim 2): q is [1, 3, 3, 4], k is [1, 2, 3, 4]", z(1, 3, 3, 4), z(1, 2, 3, 4), z(1, 2, 3, 4))
+    says("k and v differ in heads or positions (dims 2 and 3): k is [1, 2, 3, 4], v is [1, 2, 4, 4]", z(1, 2, 3, 4), z(1, 2, 3, 4), z(1, 2, 4, 4))
+    says("batch sizes differ (dim 1)", z(1, 2, 3, 4), z(2, 2, 3, 4), z(2, 2, 3, 4))
+    says("mask is [4, 3], which does not broadcast to [batch, heads, queries, keys] = [1, 2, 3, 3]",
+      z(1, 2, 3, 4), z(1, 2, 3, 4), z(1, 2, 3, 4), moe.zeros({ 4, 3 }, { dtype = "bool" }))
+    says("mask must be bool (true: may attend) or floating point (added to the scores), got i64",
+      z(1, 2, 3, 4), z(1, 2, 3, 4), z(1, 2, 3, 4), moe.zeros({ 3, 3 }, { dtype = "i64" }))
+  end)
+end)
