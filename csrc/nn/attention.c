@@ -1,6 +1,8 @@
 /* Multi-head attention with one fused projection of queries, keys and values; a mixer whose state is the cache
 ** of keys and values. Grouped heads: Ainslie et al., "GQA", 2023.
 */
+#include <math.h>
+
 #include "nn/init.h"
 #include "nn/module.h"
 
@@ -88,6 +90,39 @@ static moe_tensor *extend(moe_tensor *past, moe_tensor *now) {
   return MOE_CALL(cat, TS(both, 2), I(2));
 }
 
+/* [t, s] bool: query i sees the keys up to s - t + i, as in the operation. */
+static moe_tensor *causal_mask(int64_t t, int64_t s, moe_device *dev) {
+  moe_tensor *keep = moe_empty(2, (const int64_t[]){t, s}, MOE_bool, moe_cpu());
+  if (keep == NULL) return NULL;
+  uint8_t *p = moe_data(keep);
+  for (int64_t i = 0; i < t; i++)
+    for (int64_t j = 0; j < s; j++) p[i * s + j] = j <= s - t + i;
+  return moe_to_raw(keep, MOE_bool, dev);
+}
+
+/* Attention whose weights drop out: made of plain operations, the scores of a whole batch at once. */
+static moe_tensor *attention_dropout(moe_tensor *q, moe_tensor *k, moe_tensor *v, moe_tensor *mask, bool causal, double p) {
+  if (q == NULL || k == NULL || v == NULL) return NULL;
+  int64_t batch = q->shape[0], heads = q->shape[1], kv = k->shape[1], s = k->shape[2], d = q->shape[3];
+  if (heads != kv) { /* every head its own copy */
+    moe_value wide = INTS(((const int64_t[]){batch, kv, heads / kv, s, d}), 5);
+    moe_value flat = INTS(((const int64_t[]){batch, heads, s, d}), 4);
+    k = MOE_CALL(reshape, T(MOE_CALL(expand, T(MOE_CALL(unsqueeze, T(k), I(2))), wide)), flat);
+    v = MOE_CALL(reshape, T(MOE_CALL(expand, T(MOE_CALL(unsqueeze, T(v), I(2))), wide)), flat);
+  }
+  moe_tensor *a = MOE_CALL(matmul, T(q), T(MOE_CALL(transpose, T(k), I(-1), I(-2))));
+  a = MOE_CALL(mul, T(a), F(1 / sqrt((double)d)));
+  moe_tensor *keep = causal ? causal_mask(q->shape[2], s, moe_dev(q)) : NULL;
+  if (causal && keep == NULL) return NULL;
+  if (keep) a = MOE_CALL(where, T(keep), T(a), F(-1e30));
+  bool choose = mask && mask->dtype == MOE_bool;
+  if (choose) a = MOE_CALL(where, T(mask), T(a), F(-1e30));
+  else if (mask) a = MOE_CALL(add, T(a), T(mask));
+  a = MOE_CALL(softmax, T(a), I(-1));
+  if (choose) a = MOE_CALL(where, T(mask), T(a), F(0)); /* a query that sees no key gives 0 */
+  return MOE_CALL(matmul, T(MOE_CALL(dropout, T(a), F(p), I(true))), T(v));
+}
+
 moe_status moe_nn_forward_attention(moe_module *m, moe_module_call *c) {
   moe_tensor *x = c->arg[0].t, *mask = c->arg[1].kind == MOE_K_none ? NULL : c->arg[1].t;
   char got[MOE_SHAPE_TEXT];
@@ -126,8 +161,8 @@ moe_status moe_nn_forward_attention(moe_module *m, moe_module_call *c) {
   c->next[K] = k;
   c->next[V] = v;
   double p = m->training ? moe_module_number(m, "dropout", 0) : 0;
-  y = MOE_CALL(attention, T(q), T(k), T(v), maybe(mask), I(m->data[CAUSAL]), NIL);
-  (void)p;
+  if (p > 0) y = attention_dropout(q, k, v, mask, m->data[CAUSAL], p);
+  else y = MOE_CALL(attention, T(q), T(k), T(v), maybe(mask), I(m->data[CAUSAL]), NIL);
   y = MOE_CALL(transpose, T(y), I(1), I(2));
   y = MOE_CALL(reshape, T(y), INTS(((const int64_t[]){batch, time, heads * dim}), 3));
   c->out[0] = MOE_CALL(linear, T(y), T(m->slot[O_WEIGHT].t), maybe(m->slot[O_BIAS].t));

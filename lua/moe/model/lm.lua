@@ -40,7 +40,7 @@ local ROWS = {
   residual_scale = { "boolean", true },  -- projections into the residual stream times 1 / sqrt(2 num_layers)
 }
 
-local GATED <const> = { swiglu = true, geglu = true, reglu = true }
+local GATED <const> = { swiglu = "silu", geglu = "gelu", reglu = "relu" } -- the activation of the gate
 
 local function of_layer(choice, i)
   if type(choice) == "table" and getmetatable(choice) == nil then return choice[i] end
@@ -76,18 +76,13 @@ local function sparse_layer(o, i)
   if type(given) == "function" then given = given(i) end
   local out = {}
   for k, v in pairs(given or {}) do out[k] = v end
-  if out.num_experts == nil and type(out.experts) ~= "userdata" then
-    error("lm: ffn = \"moe\" needs moe = { num_experts = ... }", 4)
-  end
+  if out.num_experts == nil then error("lm: ffn = \"moe\" needs moe = { num_experts = ... }", 4) end
   out.d_model = out.d_model or o.d_model
-  out.router = out.router or moe.router.topk { top_k = out.top_k or 2 }
+  out.router = out.router or moe.router.topk { top_k = out.top_k or math.min(2, out.num_experts) }
   if out.experts == nil then
     local hidden = out.intermediate_size or hidden_size(o)
-    if o.activation == "swiglu" then
-      out.experts = moe.experts.swiglu { intermediate_size = hidden }
-    else
-      out.experts = moe.experts.mlp { intermediate_size = hidden, activation = o.activation, bias = o.bias }
-    end
+    local gate = GATED[o.activation]
+    out.experts = moe.experts[gate and "glu" or "mlp"] { intermediate_size = hidden, act = gate or o.activation, bias = o.bias }
   end
   out.top_k, out.intermediate_size = nil, nil
   return moe.layer(out)
@@ -121,20 +116,27 @@ local function fill(t, how)
   end
 end
 
-local function init_part(part, o)
+-- kept: a pattern of names that keep the values they have.
+local function init_part(part, o, kept)
   for name, p in part:named_parameters() do
     local dims = #p.shape
-    if name:find "bias$" then
+    if kept and name:find(kept) then
+      goto continue
+    elseif name:find "bias$" then
       if o.bias_init ~= "default" then nn.init.apply(p:detach(), o.bias_init) end
     elseif dims >= 2 and o.init ~= "default" then
       fill(p, o.init)
     end
     local into_residual = name:find "o_proj%.weight$" or name:find "down_proj$" or name:find "down_proj%.weight$"
     if o.residual_scale and dims >= 2 and into_residual then
-      moe.no_grad(function() p:detach():mul_(1 / math.sqrt(2 * o.num_layers)) end)
+      p:detach():mul_(1 / math.sqrt(2 * o.num_layers))
     end
+    ::continue::
   end
 end
+
+-- A router that came with the options was initialised as they say.
+local function own_router(o) return not (type(o.moe) == "table" and o.moe.router == nil) and "^router%." or nil end
 
 -- Mixers other than attention keep their own values: decays and time steps are no projections.
 local function init_weights(self, o)
@@ -145,7 +147,8 @@ local function init_weights(self, o)
   for i, block in ipairs(self.layers) do
     local custom_mixer, custom_ffn = of_layer(o.mixer, i), of_layer(o.ffn, i)
     if custom_mixer == "attention" then init_part(block.mixer, o) end
-    if custom_ffn == "dense" or custom_ffn == "moe" then init_part(block.ffn, o) end
+    if custom_ffn == "dense" then init_part(block.ffn, o) end
+    if custom_ffn == "moe" then init_part(block.ffn, o, own_router(o)) end
   end
   if self.head then
     if o.init ~= "default" then fill(self.head.weight, o.init) end
@@ -246,15 +249,16 @@ function LM:hidden(ids, ctx, state)
   local routings = {}
   for i, block in ipairs(self.layers) do
     local s, routing
-    if inner then inner.layer = i end
+    if inner then inner.layer_number = i end
     x, s, routing = block(x, state and state[i], inner)
     if after then after[i] = s end
     if routing ~= nil then
       routings[#routings + 1] = routing
-      inner.previous = routing
+      inner.previous_routing = routing
     end
   end
   self.routings = routings
+  if ctx and inner.routings then ctx.routings, ctx.routing = inner.routings, inner.routing end
   return self.norm(x), after
 end
 
