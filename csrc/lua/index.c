@@ -276,8 +276,18 @@ static void read_source(lua_State *L, int idx, const moe_tensor *x, source *s) {
   }
 }
 
+/* y <- the value, broadcast. */
+static moe_status write_tensor(moe_tensor *y, moe_tensor *t) {
+  int lead = y->ndim - t->ndim;
+  bool fits = lead >= 0;
+  for (int d = 0; d < t->ndim && fits; d++) fits = t->shape[d] == 1 || t->shape[d] == y->shape[d + lead];
+  char a[MOE_SHAPE_TEXT], b[MOE_SHAPE_TEXT];
+  if (!fits) return moe_fail(MOE_EINVAL, "index: a value of shape %s does not fit into a place of shape %s", moe_shape_of(a, t), moe_shape_of(b, y));
+  return moe_copy(y, t);
+}
+
 static moe_status write_view(moe_tensor *y, const source *v) {
-  if (v->t) return moe_copy(y, v->t);
+  if (v->t) return write_tensor(y, v->t);
   if (v->is_int && moe_numel(y) == 1) return moe_write(y, &v->i, MOE_i64); /* exact beyond 2^53 */
   return moe_fill(y, v->f);
 }
@@ -295,7 +305,7 @@ static moe_status write_list(moe_tensor *y, selection *s, const source *v) {
     if (src == NULL) return moe_error_code();
     if (given->ndim > 1 && s->list->dtype != MOE_bool && s->list->ndim > 1 && moe_numel(given) == moe_numel(src))
       given = MOE_CALL(reshape, T(given), INTS(shape, y->ndim)); /* as reading gives it */
-    if (moe_copy(src, given) != MOE_OK) return moe_error_code();
+    MOE_TRY(write_tensor(src, given));
     r = CALL1(index_copy, true, T(y), I(s->list_dim), T(pos), T(src));
   }
   return r ? MOE_OK : moe_error_code();

@@ -374,7 +374,7 @@ static moe_status geom_slice(moe_ctx *c, geom *g) {
   int64_t last = n - 1;
   if (!arg_absent(c, 3) && (last = resolve_pos(c, c->arg[3].i, n, g, dim)) < 0) return moe_error_code();
   if (last < first - 1) return OP_FAIL(c, "the range from %lld to %lld runs backwards", (long long)first + 1, (long long)last + 1);
-  int64_t count = (last - first) / step + (last >= first);
+  int64_t count = last >= first ? (last - first) / step + 1 : 0;
   g->offset += count ? first * g->stride[dim] : 0;
   g->shape[dim] = count;
   if (count > 1) g->stride[dim] *= step;
