@@ -1,4 +1,4 @@
-/* Routings in Lua: userdata "moe.Routing", their constructors, and the operations that take one. The table core.sparse
+/* Routings in Lua: userdata "moe.Routing", their constructors, and the operations that take one. The table core._sparse
 ** holds them; lua/moe/routing.lua and lua/moe/experts.lua are the face.
 **
 ** User value 1 of a routing is a table of what hangs on it: the tensors it was made from (so that gradients and
@@ -390,10 +390,10 @@ void moeL_open_routing(lua_State *L) {
   lua_setfield(L, -2, "__index"); /* completers look for it here */
   lua_pushvalue(L, -1);
   lua_setfield(L, -3, "__metatable");
-  lua_newtable(L); /* core.sparse */
+  lua_newtable(L); /* core._sparse */
   moeL_setfuncs(L, functions);
   lua_insert(L, -2);
   lua_setfield(L, -2, "methods");
-  lua_setfield(L, -3, "sparse");
+  lua_setfield(L, -3, "_sparse");
   lua_pop(L, 1);
 }

@@ -1,0 +1,201 @@
+--- moe.routing: who works on what. A routing lists assignments (token, expert, weight) sorted by expert; any number of
+-- experts for a token and of tokens for an expert. Everything that consumes sparsity consumes one.
+--
+-- Fields: num_tokens, num_experts, num_assignments; token, expert, weight [A] (weight is differentiable), offsets
+-- [E + 1]: expert e has the rows offsets[e] .. offsets[e + 1] - 1; dropped, masked, unassigned: how many
+-- assignments were lost to an expert's capacity, to the mask, and to a router that named none; dropped_token,
+-- dropped_expert; and, where the router has them, probs and logits [T, E], index [T, k], mask [T]. A router of one's
+-- own may set further fields.
+
+local core = require "moe.core"
+local options = require "moe.nn.options"
+local sparse = core._sparse
+local methods = sparse.methods
+
+local M = {}
+
+local EXTRAS <const> = { mask = { "userdata" }, probs = { "userdata" }, logits = { "userdata" } }
+
+-- Hangs probs and logits [T, E] on a fresh routing.
+local function adorn(name, routing, o)
+  for _, key in ipairs { "probs", "logits" } do
+    local t = o[key]
+    if t then
+      local shape = core.is_tensor(t) and t.shape
+      if not shape or #shape ~= 2 or shape[1] ~= routing.num_tokens or shape[2] ~= routing.num_experts then
+        error(("%s: option '%s' must be a tensor [%d, %d], got %s"):format(name, key, routing.num_tokens, routing.num_experts,
+          shape and "[" .. table.concat(shape, ", ") .. "]" or "a " .. type(t)), 3)
+      end
+      routing[key] = t
+    end
+  end
+  return routing
+end
+
+local function read(name, given)
+  if given == nil then return {} end
+  return options.read(name, given, EXTRAS, 2)
+end
+
+--- A routing from each token's choice: index [T, k] of experts, 0 for none; weight [T, k], or nil for 1.
+-- Options: mask [T] (true: the token takes part), probs, logits [T, E].
+function M.topk(index, weight, num_experts, extras)
+  local o = read("routing.topk", extras)
+  return adorn("routing.topk", sparse.topk(index, weight, num_experts, o.mask), o)
+end
+
+--- A routing from gates [T, E]: those that are not zero, whatever their number. Options as in topk.
+function M.dense(gates, extras)
+  local o = read("routing.dense", extras)
+  return adorn("routing.dense", sparse.dense(gates, o.mask), o)
+end
+
+--- A routing from each expert's choice: index [E, C] of tokens, 0 for none; weight [E, C], or nil for 1; num_tokens: how
+-- many tokens there are. Options as in topk.
+function M.experts(index, weight, num_tokens, extras)
+  local o = read("routing.experts", extras)
+  return adorn("routing.experts", sparse.experts(index, weight, num_tokens, o.mask), o)
+end
+
+--- Dense mixing: dispatch, combine [T, E, slots], or [B, T, E, slots] for mixing within each sequence of a batch. An expert
+-- works on its slots, which are dispatch-weighted sums of tokens; a token gets the combine-weighted sum of all slots.
+function M.soft(dispatch, combine)
+  return sparse.soft(dispatch, combine)
+end
+
+--- Whether a value is a routing.
+M.is_routing = sparse.is_routing
+
+--- Runs work(rows) -> rows on what the experts see of x [T, d], and brings the result back: for a soft routing the slots,
+-- else x itself.
+function M.through(routing, x, work)
+  local dispatch, combine = routing.dispatch, routing.combine_matrix
+  if not dispatch then return work(x) end
+  local s = dispatch.shape
+  local dtype = x.dtype
+  if #s == 3 then
+    local slots = s[2] * s[3]
+    local y = work(dispatch:reshape { s[1], slots }:t():matmul(x):to(dtype))
+    return combine:reshape { s[1], slots }:matmul(y):to(dtype)
+  end
+  local batch, slots, d = s[1], s[3] * s[4], x:size(2)
+  local mixed = dispatch:reshape { batch, s[2], slots }:transpose(2, 3):matmul(x:reshape { batch, s[2], d })
+  local y = work(mixed:reshape { batch * slots, d }:to(dtype))
+  return combine:reshape { batch, s[2], slots }:matmul(y:reshape { batch, slots, y:size(2) }):reshape { batch * s[2], y:size(2) }:to(dtype)
+end
+
+-- --- methods ---
+
+-- Shares of the load as numbers; nil without a single assignment.
+local function shares(routing)
+  local load, total = routing:load():totable(), 0
+  for _, n in ipairs(load) do total = total + n end
+  return total > 0 and load or nil, total
+end
+
+--- The entropy of the load over the experts, in nats: log(num_experts) when they work evenly, 0 when one does all.
+function methods.entropy(routing)
+  local load, total = shares(routing)
+  local h = 0.0
+  for _, n in ipairs(load or {}) do
+    if n > 0 then h = h - n / total * math.log(n / total) end
+  end
+  return h
+end
+
+--- The mean entropy of the tokens' probabilities, in nats: how undecided the router is. nil without probs.
+function methods.token_entropy(routing)
+  if not routing.probs then return nil end
+  return core.no_grad(function()
+    local p = routing.probs
+    local h = (p * (p + 1e-30):log()):sum(-1)
+    local mask = routing.mask
+    local real = mask and mask:to "i64":sum():item() or routing.num_tokens
+    return real > 0 and -h:sum():item() / real or 0.0
+  end)
+end
+
+--- The load of the busiest expert over the mean load: 1 when they work evenly, num_experts when one does all.
+function methods.max_over_mean(routing)
+  local load, total = shares(routing)
+  if not load then return 1.0 end
+  return math.max(table.unpack(load)) * #load / total
+end
+
+--- How many experts have no token, and a list of them.
+function methods.dead(routing)
+  local which = {}
+  for e, n in ipairs(routing:load():totable()) do
+    if n == 0 then which[#which + 1] = e end
+  end
+  return #which, which
+end
+
+--- Attaches an auxiliary loss under a name; a second one of that name is added to the first.
+function methods.add_aux(routing, name, value)
+  if type(value) ~= "number" and not core.is_tensor(value) then
+    error(("routing:add_aux: argument 2 (%s) must be a scalar tensor or a number, got a %s"):format(tostring(name), type(value)), 2)
+  end
+  local losses = routing.losses
+  if not losses then
+    losses = {}
+    routing.losses = losses
+  end
+  for _, entry in ipairs(losses) do
+    if entry.name == name then
+      entry.value = entry.value + value
+      return routing
+    end
+  end
+  losses[#losses + 1] = { name = name, value = value }
+  return routing
+end
+
+--- The sum of the auxiliary losses as a scalar tensor, or the one of that name (nil when there is none).
+function methods.aux(routing, name)
+  local sum
+  for _, entry in ipairs(routing.losses or {}) do
+    if name == nil or entry.name == name then sum = sum and sum + entry.value or entry.value end
+  end
+  if sum == nil and name ~= nil then return nil end
+  return core.is_tensor(sum) and sum or core.tensor(sum or 0)
+end
+
+--- The assignments as a table of lists { token =, expert =, weight =, offsets = }.
+function methods.totable(routing)
+  return {
+    token = routing.token:totable(), expert = routing.expert:totable(), weight = routing.weight:detach():totable(),
+    offsets = routing.offsets:totable(), num_tokens = routing.num_tokens, num_experts = routing.num_experts,
+  }
+end
+
+local BARS <const> = { " ", "▁", "▂", "▃", "▄", "▅", "▆", "▇", "█" }
+
+--- One character an expert, higher for more tokens.
+function methods.bar(routing)
+  local load = routing:load():totable()
+  local most = math.max(1, table.unpack(load, 1, math.min(#load, 64)))
+  local out = {}
+  for e = 1, math.min(#load, 64) do
+    out[e] = load[e] == 0 and "·" or BARS[1 + math.max(1, math.ceil(load[e] / most * 8))]
+  end
+  return table.concat(out) .. (#load > 64 and "…" or "")
+end
+
+-- What tostring shows.
+function methods.describe(routing)
+  local n = routing.num_assignments
+  local parts = { ("moe.Routing %d tokens -> %d experts, %d %s"):format(routing.num_tokens, routing.num_experts, n,
+    routing.dispatch and "slots" or n == 1 and "assignment" or "assignments") }
+  for _, key in ipairs { "dropped", "masked" } do
+    if routing[key] > 0 then parts[#parts + 1] = ("%d %s"):format(routing[key], key) end
+  end
+  local text = table.concat(parts, ", ")
+  if routing.dispatch then return text .. " (soft)" end
+  local load = routing:load():totable()
+  local shown = table.concat(load, " ", 1, math.min(#load, 16)) .. (#load > 16 and " …" or "")
+  return ("%s\n  load |%s| %s\n  entropy %.3f of %.3f, busiest %.2f x the mean, %d idle"):format(text, routing:bar(), shown,
+    routing:entropy(), math.log(routing.num_experts), routing:max_over_mean(), (routing:dead()))
+end
+
+return M
