@@ -19,7 +19,13 @@ moe_status moe_fail(moe_status code, const char *fmt, ...) {
 moe_status moe_fail_prefix(const char *prefix) {
   char old[sizeof message];
   memcpy(old, message, sizeof old);
-  snprintf(message, sizeof message, "%s: %s", prefix, old);
+  int n = snprintf(message, sizeof message, "%s: ", prefix);
+  if (n > 0 && n < (int)sizeof message) {
+    size_t room = sizeof message - (size_t)n, len = strlen(old);
+    if (len >= room) len = room - 1;
+    memcpy(message + n, old, len);
+    message[n + (int)len] = '\0';
+  }
   return last_code;
 }
 

@@ -149,7 +149,7 @@ static int run_backward(lua_State *L) { /* protected: (ctx light userdata, funct
   for (int k = 0; k < c->nout; k++) moeL_pushtensor(L, c->gout[k]);
   lua_call(L, c->nout, c->nin);
   for (int i = 0; i < c->nin; i++) {
-    int idx = 3 + i;
+    int idx = 2 + i; /* the results took the place of the function */
     if (lua_isnil(L, idx)) continue;
     moe_tensor *g = moeL_totensor(L, idx);
     if (g == NULL) return luaL_error(L, "a custom backward must return a tensor or nil for input %d, got %s", i + 1, moeL_describe(L, idx));
@@ -159,27 +159,41 @@ static int run_backward(lua_State *L) { /* protected: (ctx light userdata, funct
   return 0;
 }
 
-/* pcall of a C function with a closure found by its number: 0, or the error kept for moeL_raise. */
+/* What a protected call of a closure needs; the stack below it holds copies of the running call's values. */
+typedef struct protected_call {
+  int64_t id;
+  lua_CFunction run; /* gets (argument light, closure) */
+  void *arg;
+} protected_call;
+
+static int find_and_run(lua_State *L) {
+  const protected_call *p = lua_touserdata(L, lua_gettop(L));
+  lua_pop(L, 1);
+  if (!moeL_anchor_find(L, p->id))
+    return luaL_error(L, "backward: a custom function's closure is out of reach (no tensor that leads to it is an argument)");
+  lua_pushcfunction(L, p->run);
+  lua_insert(L, -2);
+  lua_pushlightuserdata(L, p->arg);
+  lua_insert(L, -2);
+  lua_call(L, 2, 0);
+  return 0;
+}
+
+/* Nothing in here raises: it runs in the middle of moe_backward. A failure's value is kept for moeL_raise. */
 static moe_status call_closure(lua_State *L, int64_t id, lua_CFunction fn, void *arg) {
-  if (!lua_checkstack(L, 16)) return moe_fail(MOE_ENOMEM, "backward: the Lua stack is full");
   int top = lua_gettop(L);
+  protected_call p = {id, fn, arg};
+  if (!lua_checkstack(L, top + 8)) return moe_fail(MOE_ENOMEM, "not enough memory for the Lua stack");
   moe_env *env = moe_env_now();
   bool grad_off = env->grad_off;
-  if (!moeL_anchor_find(L, id))
-    return moe_fail(MOE_EINVAL, "backward: a custom function's closure is out of reach (its tensors were passed around Lua)");
-  lua_pushcfunction(L, fn);
-  lua_insert(L, -2);
-  lua_pushlightuserdata(L, arg);
-  lua_insert(L, -2);
-  int st = lua_pcall(L, 2, 0, 0);
+  lua_pushcfunction(L, find_and_run);
+  for (int i = 1; i <= top; i++) lua_pushvalue(L, i);
+  lua_pushlightuserdata(L, &p);
+  int st = lua_pcall(L, top + 1, 0, 0);
   env->grad_off = grad_off;
-  if (st != LUA_OK) {
-    moeL_keep_error(L);
-    lua_settop(L, top);
-    return moe_fail(MOE_ECALLBACK, "backward: a custom function failed");
-  }
+  if (st != LUA_OK) moeL_keep_error(L);
   lua_settop(L, top);
-  return MOE_OK;
+  return st == LUA_OK ? MOE_OK : moe_fail(MOE_ECALLBACK, "backward: a custom function failed");
 }
 
 static moe_status closure_backward(moe_ctx *c) {
@@ -220,16 +234,16 @@ static int core_record(lua_State *L) {
   }
   int64_t id = lua_tointeger(L, top + 1);
   for (int i = 1; i <= out.n; i++) moeL_anchor_inherit(L, lua_gettop(L) - out.n + i);
-  closure *k = malloc(sizeof *k);
-  if (k == NULL) return luaL_error(L, "out of memory");
-  k->id = id;
-  moe_custom cb = {names[which], closure_backward, closure_free, k, true};
   moeL_frame f;
   moeL_enter(L, &f);
-
-
-  moe_status st = moe_record_custom(&cb, in.v, in.n, out.v, out.n);
-  if (st != MOE_OK) free(k);
+  closure *k = malloc(sizeof *k);
+  moe_status st = k ? MOE_OK : moe_fail(MOE_ENOMEM, "fn: out of memory");
+  if (k) {
+    k->id = id;
+    moe_custom cb = {names[which], closure_backward, closure_free, k, true};
+    st = moe_record_custom(&cb, in.v, in.n, out.v, out.n);
+    if (st != MOE_OK) free(k);
+  }
   return moeL_leave(L, &f, st, 0);
 }
 

@@ -30,6 +30,7 @@ typedef struct moeL_ctx {
   moe_env env;
   int64_t collect_at;   /* live bytes at which an entry collects (moe.memory counts them) */
   int64_t collections;
+  bool fresh_anchors;   /* a box was filled with a tensor whose history carries closures: see moeL_tie_anchors */
 } moeL_ctx;
 
 typedef struct moeL_tensor {
@@ -62,8 +63,8 @@ void moeL_keep_error(lua_State *L);
 
 /* --- tensors --- */
 void moeL_box(lua_State *L);                        /* pushes an empty tensor */
-void moeL_fill(lua_State *L, int idx, moe_tensor *t); /* retains t (NULL: leaves it empty) and takes over the anchors of the
-                                                         arguments on the stack; cannot raise unless t carries Lua closures */
+void moeL_fill(lua_State *L, int idx, moe_tensor *t); /* retains t (NULL: leaves it empty); never raises */
+void moeL_tie_anchors(lua_State *L);                /* after the call; moeL_leave does it */
 void moeL_pushtensor(lua_State *L, moe_tensor *t);  /* box + fill; NULL pushes nil */
 moe_tensor *moeL_totensor(lua_State *L, int idx);   /* NULL when it is no tensor or a closed one; never raises */
 bool moeL_istensor(lua_State *L, int idx);          /* open or closed */

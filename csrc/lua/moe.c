@@ -6,7 +6,7 @@
 #include "base/pool.h"
 #include "lua/lmoe.h"
 
-static const char context_key = 'c';
+static const char context_key = 'c', callback_key = 'e';
 
 /* Collections start when live bytes pass this, or twice what lived after the last one. */
 static const int64_t collect_floor = (int64_t)256 << 20;
@@ -56,19 +56,19 @@ void moeL_exit(lua_State *L, moeL_frame *f) {
 
 int moeL_leave(lua_State *L, moeL_frame *f, moe_status status, int nresults) {
   moeL_exit(L, f);
-  return status == MOE_OK ? nresults : moeL_raise(L);
+  if (status != MOE_OK) return moeL_raise(L);
+  if (f->ctx->fresh_anchors) moeL_tie_anchors(L);
+  return nresults;
 }
-
-static const char callback_key = 'e';
 
 void moeL_keep_error(lua_State *L) { lua_rawsetp(L, LUA_REGISTRYINDEX, &callback_key); }
 
 int moeL_raise(lua_State *L) {
   if (moe_error_code() == MOE_ECALLBACK) { /* the callback's own error value, whatever it is */
     lua_rawgetp(L, LUA_REGISTRYINDEX, &callback_key);
-    lua_pushnil(L);
+    lua_pushboolean(L, 0);
     lua_rawsetp(L, LUA_REGISTRYINDEX, &callback_key);
-    if (!lua_isnil(L, -1)) return lua_error(L);
+    if (lua_toboolean(L, -1)) return lua_error(L);
   }
   return luaL_error(L, "%s", moe_error());
 }
@@ -108,21 +108,23 @@ int moeL_argerror(lua_State *L, const char *fname, int arg, const char *pname, c
   return luaL_error(L, "%s: argument %d must be %s, got %s", fname, arg, wanted, got);
 }
 
-/* Edit distance of short words, each change costing one. */
+/* Edit distance of short words: a change, a letter more or less, and two neighbours swapped cost one each. */
 static int distance(const char *a, const char *b) {
-  int row[40], n = (int)strlen(b);
-  if (n >= 40 || strlen(a) >= 40) return 99;
-  for (int j = 0; j <= n; j++) row[j] = j;
-  for (int i = 1; a[i - 1]; i++) {
-    int diagonal = row[0];
-    row[0] = i;
-    for (int j = 1; j <= n; j++) {
-      int keep = diagonal + (a[i - 1] != b[j - 1]);
-      diagonal = row[j];
-      row[j] = MOE_MIN(keep, MOE_MIN(row[j], row[j - 1]) + 1);
+  enum { LONGEST = 40 };
+  int d[LONGEST + 1][LONGEST + 1], n = (int)strlen(a), m = (int)strlen(b);
+  if (n > LONGEST || m > LONGEST) return LONGEST;
+  for (int i = 0; i <= n; i++)
+    for (int j = 0; j <= m; j++) {
+      if (i == 0 || j == 0) {
+        d[i][j] = i + j;
+        continue;
+      }
+      int best = d[i - 1][j - 1] + (a[i - 1] != b[j - 1]);
+      best = MOE_MIN(best, MOE_MIN(d[i - 1][j], d[i][j - 1]) + 1);
+      if (i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1]) best = MOE_MIN(best, d[i - 2][j - 2] + 1);
+      d[i][j] = best;
     }
-  }
-  return row[n];
+  return d[n][m];
 }
 
 const char *moeL_nearest(const char *key, const char *const *names) {
@@ -265,6 +267,8 @@ int luaopen_moe_core(lua_State *L) {
     c->env.rng.seed = 0x6d6f65;
     c->collect_at = collect_floor;
     lua_rawsetp(L, LUA_REGISTRYINDEX, &context_key);
+    lua_pushboolean(L, 0); /* the place of a callback's error: there from now on, so that keeping one needs no memory */
+    lua_rawsetp(L, LUA_REGISTRYINDEX, &callback_key);
   }
   lua_newtable(L);
   moeL_setfuncs(L, functions);

@@ -71,9 +71,11 @@ static int op_call(lua_State *L) {
   if (st == MOE_OK && (op->flags & MOE_F_FUNCTION)) st = make_leaf(op, sig, v, outs[0]);
   if (st == MOE_OK && !inplace)
     for (int k = 0; k < sig->nresults; k++) moeL_fill(L, first + k, outs[k]);
-  if (st == MOE_OK && inplace && outs[0]->carries_lua) moeL_fill(L, first, outs[0]);
   moeL_leave(L, &f, st, 0);
-  if (inplace) return 1;
+  if (inplace) {
+    if (moeL_totensor(L, 1)->carries_lua) moeL_anchor_inherit(L, 1); /* new parents beside the box's own */
+    return 1;
+  }
   for (int k = 0; k < sig->nresults; k++) /* an optional result that did not come */
     if (outs[k] == NULL) {
       lua_pushnil(L);

@@ -91,14 +91,27 @@ void moeL_box(lua_State *L) {
 
 void moeL_fill(lua_State *L, int idx, moe_tensor *t) {
   moeL_tensor *b = lua_touserdata(L, idx);
-  if (t == NULL || b->t == t) {
-    if (t && t->carries_lua) moeL_anchor_inherit(L, idx);
-    return;
+  if (t == NULL) return;
+  if (b->t != t) {
+    moe_tensor *old = b->t;
+    b->t = moe_retain(t);
+    moe_release(old);
   }
-  moe_tensor *old = b->t;
-  b->t = moe_retain(t);
-  moe_release(old);
-  if (t->carries_lua) moeL_anchor_inherit(L, idx);
+  if (t->carries_lua) moeL_context(L)->fresh_anchors = true;
+}
+
+/* Ties boxes that were filled with tensors whose history carries closures to those closures: after the call, where a
+** raise leaks nothing. */
+void moeL_tie_anchors(lua_State *L) {
+  moeL_context(L)->fresh_anchors = false;
+  int top = lua_gettop(L);
+  for (int i = 1; i <= top; i++) {
+    moe_tensor *t = moeL_totensor(L, i);
+    if (t == NULL || !t->carries_lua) continue;
+    bool tied = lua_getiuservalue(L, i, 1) == LUA_TTABLE;
+    lua_pop(L, 1);
+    if (!tied) moeL_anchor_inherit(L, i);
+  }
 }
 
 void moeL_pushtensor(lua_State *L, moe_tensor *t) {
@@ -108,6 +121,7 @@ void moeL_pushtensor(lua_State *L, moe_tensor *t) {
   }
   moeL_box(L);
   moeL_fill(L, -1, t);
+  if (moeL_context(L)->fresh_anchors) moeL_tie_anchors(L);
 }
 
 static moeL_tensor *tobox(lua_State *L, int idx) {

@@ -54,6 +54,13 @@ static moe_value parse_default(moe_param *p, const char *text) {
   return v;
 }
 
+static void copy_text(char *to, size_t room, const char *from) {
+  size_t n = strlen(from);
+  if (n >= room) n = room - 1;
+  memcpy(to, from, n);
+  to[n] = '\0';
+}
+
 /* "name:kind?", "name:kind=default", "name:enum(a|b)=a", separated by commas. */
 void moe_signature_parse(const char *args, const char *results, moe_signature *sig) {
   char part[256];
@@ -73,12 +80,12 @@ void moe_signature_parse(const char *args, const char *results, moe_signature *s
     else kind = part + strlen(part);
     char *opt = strchr(kind, '?');
     if (opt) *opt = '\0';
-    strncpy(p->name, part, sizeof p->name - 1);
+    copy_text(p->name, sizeof p->name, part);
     char *choices = strchr(kind, '(');
     if (choices) {
       *choices++ = '\0';
-      strncpy(p->choices, choices, sizeof p->choices - 1);
-      p->choices[strcspn(p->choices, ")")] = '\0';
+      choices[strcspn(choices, ")")] = '\0';
+      copy_text(p->choices, sizeof p->choices, choices);
     }
     for (int k = 0; k < MOE_K_none; k++)
       if (strcmp(kind, kind_names[k]) == 0) p->kind = (moe_kind)k;

@@ -27,10 +27,16 @@ end
 -- `backward(ctx, g1, ...)` gets one gradient an output (nil where there is none) and returns one an argument
 -- that is a tensor, in order (nil where there is none). The result is called like any function.
 function M.fn(def)
-  if type(def) ~= "table" or type(def.forward) ~= "function" or type(def.backward) ~= "function" then
-    error("fn: wants a table with functions 'forward' and 'backward'", 2)
+  if type(def) ~= "table" then error("fn: argument 1 must be a table with functions 'forward' and 'backward'", 2) end
+  for key in pairs(def) do
+    if key ~= "forward" and key ~= "backward" and key ~= "name" and key ~= "force" then
+      error(("fn: unknown option '%s' (known: forward, backward, force)"):format(tostring(key)), 2)
+    end
   end
   local forward, backward = def.forward, def.backward
+  if type(forward) ~= "function" or type(backward) ~= "function" then
+    error("fn: wants a table with functions 'forward' and 'backward'", 2)
+  end
   return function(...)
     local ctx = {}
     local outs = table.pack(core.no_grad(forward, ctx, ...))
