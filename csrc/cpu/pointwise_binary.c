@@ -8,11 +8,11 @@
 /* Remainder with the divisor's sign, as Lua's %. */
 static inline float vm_floormod_f32(float a, float b) {
   float m = fmodf(a, b);
-  return (m > 0 ? b < 0 : (m < 0 && b != m)) ? m + b : m;
+  return m != 0 && (m < 0) != (b < 0) ? m + b : m;
 }
 static inline double vm_floormod_f64(double a, double b) {
   double m = fmod(a, b);
-  return (m > 0 ? b < 0 : (m < 0 && b != m)) ? m + b : m;
+  return m != 0 && (m < 0) != (b < 0) ? m + b : m;
 }
 
 /* Modulo 2^64; a negative exponent gives the integer part of the quotient. */

@@ -84,8 +84,8 @@ static moe_status sequence(moe_tensor *y, double start, double step) {
 ** misses a whole number by rounding alone (0, 0.3, 0.1) counts as that number. */
 moe_status moe_fwd_arange(moe_ctx *c) {
   bool one = c->arg[1].kind == MOE_K_none;
-  double start = one ? 1 : c->arg[0].f, stop = one ? c->arg[0].f : c->arg[1].f, step = c->arg[2].f;
-  bool whole = c->arg[0].is_int && (one || c->arg[1].is_int) && step == floor(step) && c->arg[2].is_int;
+  double start = one ? 1 : c->arg[0].f, stop = one ? c->arg[0].f : c->arg[1].f, step = c->arg[2].kind == MOE_K_none ? 1 : c->arg[2].f;
+  bool whole = c->arg[0].is_int && (one || c->arg[1].is_int) && (c->arg[2].kind == MOE_K_none || c->arg[2].is_int);
   if (!(step != 0) || !isfinite(start) || !isfinite(stop) || !isfinite(step))
     return OP_FAIL(c, "wants finite numbers and a step other than 0, got %g, %g, %g", start, stop, step);
   double q = (stop - start) / step, steps = floor(q + 1e-9 * fmax(1, fabs(q)));

@@ -505,9 +505,13 @@ moe_status moe_fwd_fill(moe_ctx *c) {
 
 /* --- composed --- */
 
+static moe_status composed(moe_ctx *c, moe_tensor *y) {
+  return moe_set_out(c, 0, y) == MOE_OK ? MOE_OK : moe_fail_prefix(c->op->name);
+}
+
 moe_status moe_fwd_lerp(moe_ctx *c) {
   moe_tensor *a = c->arg[0].t, *d = MOE_CALL(sub, T(c->arg[1].t), T(a));
-  return moe_set_out(c, 0, MOE_CALL(add, T(a), T(MOE_CALL(mul, T(d), c->arg[2]))));
+  return composed(c, MOE_CALL(add, T(a), T(MOE_CALL(mul, T(d), c->arg[2]))));
 }
 
 /* variant 0: x + value a b; 1: x + value a / b */
@@ -515,5 +519,5 @@ moe_status moe_fwd_addcmul(moe_ctx *c) {
   moe_tensor *a = c->arg[1].t, *b = c->arg[2].t;
   moe_tensor *ab = c->op->variant ? MOE_CALL(div, T(a), T(b)) : MOE_CALL(mul, T(a), T(b));
   if (c->arg[3].f != 1.0) ab = MOE_CALL(mul, T(ab), F(c->arg[3].f));
-  return moe_set_out(c, 0, MOE_CALL(add, T(c->arg[0].t), T(ab)));
+  return composed(c, MOE_CALL(add, T(c->arg[0].t), T(ab)));
 }
