@@ -250,7 +250,18 @@ static void trim_context(lua_State *L, int idx, const moe_signature *sig) {
   lua_replace(L, idx);
 }
 
+static bool is_empty_table(lua_State *L, int idx) {
+  if (!lua_istable(L, idx)) return false;
+  lua_pushnil(L);
+  if (lua_next(L, idx) == 0) return true;
+  lua_pop(L, 2);
+  return false;
+}
+
+/* With defaults filled in; an empty table of options is none. */
 static void read(lua_State *L, const char *fname, const moe_signature *sig, int first, moe_value *v) {
+  int top = lua_gettop(L);
+  if (top >= first && is_empty_table(L, top)) lua_settop(L, top - 1);
   moeL_readargs(L, fname, sig, first, v);
   for (int i = 0; i < sig->nparams; i++)
     if (v[i].kind == MOE_K_none) v[i] = sig->param[i].def;
