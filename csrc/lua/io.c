@@ -76,8 +76,9 @@ static int64_t count_pairs(lua_State *L, int arg, const char *pname, bool tensor
   for (lua_pushnil(L); lua_next(L, arg); lua_pop(L, 1), n++) {
     if (lua_type(L, -2) != LUA_TSTRING)
       return luaL_error(L, "save: the keys of %s must be strings, got %s", pname, moeL_describe(L, -2));
+    const char *key = lua_tostring(L, -2);
     if (tensors ? moeL_totensor(L, -1) == NULL : lua_type(L, -1) != LUA_TSTRING)
-      return luaL_error(L, "save: %s[\"%s\"] must be a %s, got %s", pname, lua_tostring(L, -2), tensors ? "tensor" : "string",
+      return luaL_error(L, "save: %s[\"%s\"] must be a %s, got %s", pname, key, tensors ? "tensor" : "string",
                         moeL_describe(L, -1));
   }
   return n;
