@@ -61,6 +61,13 @@ function M.fn(def)
   end
 end
 
+local running_again = 0 -- checkpoints whose backward runs their function again
+
+--- Whether a checkpoint runs its function a second time: counters and statistics should not move then.
+function M.recomputing() return running_again > 0 end
+
+local again_mt = { __close = function() running_again = running_again - 1 end }
+
 --- Runs `f(...)` keeping nothing for its gradient but the arguments; the backward runs it again.
 -- Random numbers are replayed, so that masks agree.
 function M.checkpoint(f, ...)
@@ -90,8 +97,12 @@ function M.checkpoint(f, ...)
       end
       local seed, offset = core.rng_state()
       core.set_rng_state(ctx.seed, ctx.offset)
-      ctx.recomputing = true
-      local outs = table.pack(core.enable_grad(f, table.unpack(again, 1, args.n)))
+      local outs
+      do
+        running_again = running_again + 1
+        local _ <close> = setmetatable({}, again_mt)
+        outs = table.pack(core.enable_grad(f, table.unpack(again, 1, args.n)))
+      end
       core.set_rng_state(seed, offset)
       local roots, grads = {}, {}
       local given = table.pack(...)

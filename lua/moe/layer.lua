@@ -9,7 +9,8 @@
 -- shape (x's leading sizes) and layer (itself), and leaves in the caller's table `routing`, its own, and
 -- `routings`, those of all layers so far: moe.loss.aux(ctx) adds up their losses.
 
-local core = require "moe.core"
+local moe = require "moe"
+local core = moe.core
 local nn = require "moe.nn"
 local options = require "moe.nn.options"
 local balance = require "moe.balance"
@@ -114,7 +115,7 @@ end
 
 -- Losses, controllers and statistics see a forward once: not when moe.checkpoint runs it again.
 local function account(self, routing, ctx)
-  local training, again = self.training, core.recomputing and core.recomputing()
+  local training, again = self.training, moe.recomputing()
   for i, loss in ipairs(self._losses) do
     local state = self._state[i]
     if training then
