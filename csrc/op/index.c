@@ -63,6 +63,11 @@ static moe_tensor *source(moe_tensor *src, moe_dtype dt, const moe_tensor *work)
   return own && moe_copy(own, s) == MOE_OK ? own : NULL;
 }
 
+/* Positions that lie in the memory that is written to would change after they were checked. */
+static moe_tensor *apart(moe_tensor *index, const moe_tensor *work) {
+  return index->storage == work->storage ? source(index, MOE_i64, work) : index;
+}
+
 /* --- rows --- */
 
 /* The positions of argument i as a dense list; a scalar is a list of one. */
@@ -120,7 +125,7 @@ moe_status moe_fwd_index_write(moe_ctx *c) {
   moe_dtype dt = add ? moe_dtype_compute(x->dtype) : x->dtype;
   target t;
   MOE_TRY(target_open(c, x, dt, &t));
-  if ((src = source(src, dt, t.work)) == NULL) return moe_error_code();
+  if ((src = source(src, dt, t.work)) == NULL || (index = apart(index, t.work)) == NULL) return moe_error_code();
   layout l = layout_of(x, dim);
   moe_save(c, c->arg[2].t);
   moe_status st = add ? MOE_RUN(moe_dev(x), c->op->name, rows_add, moe_data(t.work), moe_data(src), moe_data_i64(index), c->base,
@@ -151,7 +156,7 @@ moe_status moe_fwd_index_fill(moe_ctx *c) {
   int64_t shape[MOE_MAX_DIM], k = moe_numel(index);
   for (int d = 0; d < x->ndim; d++) shape[d] = d == dim ? k : x->shape[d];
   moe_tensor *src = moe_full(x->ndim, shape, x->dtype, moe_dev(x), c->arg[3].f);
-  if (src == NULL) return moe_error_code();
+  if (src == NULL || (index = apart(index, t.work)) == NULL) return moe_error_code();
   layout l = layout_of(x, dim);
   moe_save(c, c->arg[2].t);
   MOE_TRY(named(c, MOE_RUN(moe_dev(x), c->op->name, rows_put, moe_data(t.work), moe_data(src), moe_data_i64(index), c->base, l.outer, l.n,
@@ -281,7 +286,7 @@ moe_status moe_fwd_scatter(moe_ctx *c) {
       return OP_FAIL(c, "src %s must have the shape of index %s", moe_shape_of(a, c->arg[3].t), moe_shape_of(b, index));
     src = source(c->arg[3].t, dt, t.work);
   }
-  if (src == NULL) return moe_error_code();
+  if (src == NULL || (index = apart(index, t.work)) == NULL) return moe_error_code();
   moe_save(c, c->arg[2].t);
   /* An index repeated over all dims but its own is a list of rows. */
   bool list = add;
@@ -468,6 +473,7 @@ static moe_status largest(moe_ctx *c, moe_tensor *index, int64_t *out) {
     if (v < c->base) return OP_FAIL(c, "index %lld is below %d", (long long)v, c->base);
     most = MOE_MAX(most, v - c->base);
   }
+  if (most >= (int64_t)1 << 56) return OP_FAIL(c, "index %lld needs too large a result", (long long)(most + c->base));
   *out = most;
   return MOE_OK;
 }

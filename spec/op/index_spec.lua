@@ -171,6 +171,20 @@ describe("gather and scatter", function()
     assert.same({ { 0, 0, 1 }, { 1, 0, 0 } }, x:totable())
   end)
 
+  it("take positions out of the tensor that they write to", function()
+    local x = index { 2, 3, 1 }
+    assert.same({ 1 << 40, 1 << 40, 1 << 40 }, x:scatter_(1, x, 1 << 40):totable())
+    x = index { 3, 1, 2 }
+    assert.same({ 7, 7, 7 }, x:index_fill_(1, x, 7):totable())
+    x = index { 3, 1, 2 }
+    assert.same({ 4, 3, 5 }, x:index_add_(1, x, x):totable()) -- 3 + 1, 1 + 2, 2 + 3
+    x = index { 3, 1, 2 }
+    assert.same({ 1, 2, 3 }, x:index_copy_(1, x, x):totable())
+    x = index { 3, 1, 2 }
+    x[x] = 1 << 40
+    assert.equal(1 << 40, x[2])
+  end)
+
   it("take empty positions", function()
     assert.same({ 0, 3 }, moe.ones(2, 3):gather(1, moe.zeros(0, 3, { dtype = "i64" })).shape)
     assert.same({ { 1, 1 } }, moe.ones(1, 2):scatter_add(1, moe.zeros(0, 2, { dtype = "i64" }), moe.ones(0, 2)):totable())
