@@ -468,7 +468,7 @@ static moe_status set_even_parts(moe_ctx *c, moe_tensor *x, int dim, int64_t siz
 
 moe_status moe_fwd_chunk(moe_ctx *c) {
   moe_tensor *x = c->arg[0].t;
-  int dim;
+  int dim = 0;
   MOE_TRY(part_dim(c, 2, x, &dim));
   int64_t n = c->arg[1].i;
   if (n < 1) return OP_FAIL(c, "the number of chunks must be at least 1, got %lld", (long long)n);
@@ -477,7 +477,7 @@ moe_status moe_fwd_chunk(moe_ctx *c) {
 
 moe_status moe_fwd_split(moe_ctx *c) {
   moe_tensor *x = c->arg[0].t;
-  int dim, n;
+  int dim = 0, n;
   const int64_t *size = arg_list(c, 1, &n);
   char a[MOE_SHAPE_TEXT], b[MOE_SHAPE_TEXT];
   MOE_TRY(part_dim(c, 2, x, &dim));
@@ -502,7 +502,7 @@ moe_status moe_fwd_split(moe_ctx *c) {
 
 moe_status moe_fwd_unbind(moe_ctx *c) {
   moe_tensor *x = c->arg[0].t;
-  int dim;
+  int dim = 0;
   MOE_TRY(part_dim(c, 1, x, &dim));
   MOE_TRY(too_many(c, x->shape[dim]));
   for (int64_t k = 0; k < x->shape[dim]; k++) {
