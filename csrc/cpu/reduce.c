@@ -339,7 +339,7 @@ moe_status MOE_CPU(reduce_arg)(void *value, int64_t *index, const void *x, int64
   if (col < 0 || col > 2) return moe_fail(MOE_EDEVICE, "no arg reduction for %s on cpu", moe_dtype_name(dt));
   arg_job b = {value, index, x, n, inner, base};
   if (inner == 0) return MOE_OK;
-  moe_parallel_range(outer, MOE_MAX(1, MOE_GRAIN / (n * inner)), fn[col][largest], &b);
+  moe_parallel_range(outer, MOE_MAX(1, MOE_GRAIN / MOE_MAX(n * inner, 1)), fn[col][largest], &b);
   return MOE_OK;
 }
 
