@@ -11,7 +11,7 @@ static void STATIC(table_range)(void *arg, int64_t begin, int64_t end, int worke
     for (int64_t p = begin; p < end; p++) {
       REAL *restrict row = (REAL *)j->table + p * 2 * j->half + i0, *restrict row_sin = row + j->half;
       if (j->positions || p == begin || sizeof(REAL) == sizeof(double)) {
-        double at = j->positions ? j->positions[p] : (double)(j->offset + p);
+        double at = j->positions ? j->positions[p] : (double)j->offset + (double)p;
         for (int64_t i = 0; i < n; i++) {
           double angle = at * j->turn[i0 + i];
           c[i] = cos(angle);

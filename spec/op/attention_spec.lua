@@ -103,7 +103,7 @@ describe("attention", function()
       for _, dtype in ipairs { "f64", "f32" } do
         local tolerance = dtype == "f64" and 1e-11 or 3e-5
         local q, k, v = qkv(dtype)
-        local keep = helper.tensor(function(i) return rng() < 0.6 end, { size.t, size.s }, { dtype = "bool" })
+        local keep = helper.tensor(function() return rng() < 0.6 end, { size.t, size.s }, { dtype = "bool" })
         keep:select(1, (size.t + 1) // 2):fill_(0)
         compare(q, k, v, { mask = keep }, tolerance)
         compare(q, k, v, { mask = keep, causal = true }, tolerance)
@@ -187,7 +187,8 @@ describe("attention", function()
     says("attention: q must be [batch, heads, positions, size], got [2, 3, 4]", z(2, 3, 4), z(2, 3, 4), z(2, 3, 4))
     says("q and k differ in size (dim 4): q is [1, 2, 3, 4], k is [1, 2, 3, 5]", z(1, 2, 3, 4), z(1, 2, 3, 5), z(1, 2, 3, 5))
     says("q's heads must be a multiple of k's (dim 2): q is [1, 3, 3, 4], k is [1, 2, 3, 4]", z(1, 3, 3, 4), z(1, 2, 3, 4), z(1, 2, 3, 4))
-    says("k and v differ in heads or positions (dims 2 and 3): k is [1, 2, 3, 4], v is [1, 2, 4, 4]", z(1, 2, 3, 4), z(1, 2, 3, 4), z(1, 2, 4, 4))
+    says("k and v differ in heads or positions (dims 2 and 3): k is [1, 2, 3, 4], v is [1, 2, 4, 4]",
+      z(1, 2, 3, 4), z(1, 2, 3, 4), z(1, 2, 4, 4))
     says("batch sizes differ (dim 1)", z(1, 2, 3, 4), z(2, 2, 3, 4), z(2, 2, 3, 4))
     says("mask is [4, 3], which does not broadcast to [batch, heads, queries, keys] = [1, 2, 3, 3]",
       z(1, 2, 3, 4), z(1, 2, 3, 4), z(1, 2, 3, 4), moe.zeros({ 4, 3 }, { dtype = "bool" }))

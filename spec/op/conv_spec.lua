@@ -34,9 +34,12 @@ end
 
 describe("conv1d", function()
   for _, case in ipairs {
-    { 2, 3, 8, 4, 3, stride = 1, padding = 0, dilation = 1, groups = 1 }, { 1, 1, 5, 1, 5, stride = 1, padding = 0, dilation = 1, groups = 1 },
-    { 2, 4, 9, 6, 3, stride = 2, padding = 2, dilation = 2, groups = 2 }, { 3, 4, 7, 4, 2, stride = 1, padding = 1, dilation = 3, groups = 4 },
-    { 1, 2, 11, 3, 1, stride = 3, padding = 0, dilation = 1, groups = 1 }, { 1, 2, 1, 2, 2, stride = 1, padding = 1, dilation = 1, groups = 1 },
+    { 2, 3, 8, 4, 3, stride = 1, padding = 0, dilation = 1, groups = 1 },
+    { 1, 1, 5, 1, 5, stride = 1, padding = 0, dilation = 1, groups = 1 },
+    { 2, 4, 9, 6, 3, stride = 2, padding = 2, dilation = 2, groups = 2 },
+    { 3, 4, 7, 4, 2, stride = 1, padding = 1, dilation = 3, groups = 4 },
+    { 1, 2, 11, 3, 1, stride = 3, padding = 0, dilation = 1, groups = 1 },
+    { 1, 2, 1, 2, 2, stride = 1, padding = 1, dilation = 1, groups = 1 },
   } do
     local b, cin, t, cout, width = table.unpack(case)
     it(("x [%d, %d, %d], weight [%d, %d, %d], stride %d, padding %d, dilation %d, groups %d"):format(b, cin, t, cout, cin // case.groups,
@@ -119,7 +122,9 @@ describe("causal_conv1d", function()
       end
       local expected = gradients(function(x, w, bias, initial) return reference(x, w, bias, initial, true) end)
       local got = gradients(function(x, w, bias, initial) return moe.causal_conv1d(x, w, bias, initial, "silu") end)
-      for i = 1, 4 do assert.close(expected[i] or moe.zeros(inputs[i].shape), got[i], { rtol = 1e-11, atol = 1e-11, name = "input " .. i }) end
+      for i = 1, 4 do
+        assert.close(expected[i] or moe.zeros(inputs[i].shape), got[i], { rtol = 1e-11, atol = 1e-11, name = "input " .. i })
+      end
     end)
   end
 

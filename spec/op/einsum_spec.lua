@@ -57,8 +57,8 @@ describe("einsum", function()
     "i,ij,j->", "ij,kl->ijkl", "ij,kl->ik", "ijk,jil->kl", "A,Ai->i", "iji,j->i", "k->k", "bcij,bcij->", "ib,jb->b",
   } do
     it("computes " .. equation, function()
-      local rng, left, out, terms, tensors = helper.random(#equation), nil, nil, {}, {}
-      left, out = equation:match "^(.-)%->(.*)$"
+      local rng, terms, tensors = helper.random(#equation), {}, {}
+      local left, out = equation:match "^(.-)%->(.*)$"
       for term in (left .. ","):gmatch "(.-)," do
         local shape = {}
         for d = 1, #term do shape[d] = sizes[term:sub(d, d)] end

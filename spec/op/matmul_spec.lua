@@ -107,7 +107,7 @@ describe("matmul", function()
 
   it("gives zeros for an inner size of 0 where fresh memory held anything", function()
     for _ = 1, 3 do
-      do local junk <close> = moe.full({ 40, 40 }, 0 / 0) end
+      moe.full({ 40, 40 }, 0 / 0):close()
       assert.close(moe.zeros { 40, 40 }, moe.zeros({ 40, 0 }):matmul(moe.zeros { 0, 40 }), { rtol = 0, atol = 0 })
     end
   end)
@@ -115,7 +115,7 @@ describe("matmul", function()
   it("never lets old memory into a product", function()
     for _, k in ipairs { 1, 3 } do
       for _, mn in ipairs { { 1, 9 }, { 9, 1 }, { 9, 9 }, { 1, 1 } } do
-        do local junk <close> = moe.full({ mn[1], mn[2] }, 0 / 0) end
+        moe.full({ mn[1], mn[2] }, 0 / 0):close()
         local y = moe.ones({ mn[1], k }):matmul(moe.ones { k, mn[2] })
         assert.close(moe.full({ mn[1], mn[2] }, k), y, { rtol = 0, atol = 0 })
       end
@@ -134,7 +134,8 @@ describe("matmul", function()
     local cases = {
       { "matmul: inner sizes differ: a is [4, 8], b is [7, 3] (a's dim 2 = 8, b's dim 1 = 7)", moe.matmul, { 4, 8 }, { 7, 3 } },
       { "matmul: inner sizes differ: a is [5], b is [2, 4, 3] (a's dim 1 = 5, b's dim 2 = 4)", moe.matmul, { 5 }, { 2, 4, 3 } },
-      { "matmul: the dimensions before the last two do not broadcast: a is [2, 3, 4], b is [3, 4, 5]", moe.matmul, { 2, 3, 4 }, { 3, 4, 5 } },
+      { "matmul: the dimensions before the last two do not broadcast: a is [2, 3, 4], b is [3, 4, 5]", moe.matmul, { 2, 3, 4 },
+        { 3, 4, 5 } },
       { "bmm: wants a with 3 and b with 3 dimensions: a is [3, 4], b is [4, 5]", moe.bmm, { 3, 4 }, { 4, 5 } },
       { "bmm: batch sizes differ: a is [2, 3, 4], b is [1, 4, 5]", moe.bmm, { 2, 3, 4 }, { 1, 4, 5 } },
       { "dot: wants a with 1 and b with 1 dimension", moe.dot, { 3, 4 }, { 4 } },
