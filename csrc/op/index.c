@@ -233,6 +233,17 @@ static int merge_dims(int ndim, int *dim, int64_t *shape, int nop, int64_t (*str
   return n;
 }
 
+/* The order in which the dimensions are walked: as they are, but a dim of size 1 comes first, so that the rows that kernels
+** walk are long. Returns dim's place. */
+static int walk_order(const moe_tensor *index, int dim, int *order) {
+  int n = 0;
+  bool first = index->shape[dim] == 1;
+  if (first) order[n++] = dim;
+  for (int d = 0; d < index->ndim; d++)
+    if (!first || d != dim) order[n++] = d;
+  return first ? 0 : dim;
+}
+
 static moe_status check_cells(moe_ctx *c, const moe_tensor *x, const moe_tensor *index, int dim) {
   char a[MOE_SHAPE_TEXT], b[MOE_SHAPE_TEXT];
   bool fits = x->ndim == index->ndim;
@@ -254,9 +265,14 @@ moe_status moe_fwd_gather(moe_ctx *c) {
   if (y == NULL) return moe_error_code();
   moe_save(c, c->arg[2].t);
   int64_t shape[MOE_MAX_DIM], stride[2][MOE_MAX_DIM], n = x->shape[dim];
-  for (int d = 0; d < x->ndim; d++)
-    shape[d] = index->shape[d], stride[0][d] = x->stride[d], stride[1][d] = shape[d] == 1 ? 0 : index->stride[d];
-  int at = dim, ndim = merge_dims(x->ndim, &at, shape, 2, stride);
+  int order[MOE_MAX_DIM], at = walk_order(index, dim, order);
+  for (int k = 0; k < x->ndim; k++) {
+    int d = order[k];
+    shape[k] = index->shape[d];
+    stride[0][k] = x->stride[d];
+    stride[1][k] = shape[k] == 1 ? 0 : index->stride[d];
+  }
+  int ndim = merge_dims(x->ndim, &at, shape, 2, stride);
   return named(c, MOE_RUN(moe_dev(x), c->op->name, gather, moe_data(y), moe_data(x), moe_data_i64(index), c->base, ndim, shape, stride[0],
                           stride[1], at, n, moe_dtype_size(x->dtype)), dim, x);
 }
@@ -300,13 +316,15 @@ moe_status moe_fwd_scatter(moe_ctx *c) {
     return target_close(&t);
   }
   int64_t shape[MOE_MAX_DIM], stride[3][MOE_MAX_DIM], n = x->shape[dim];
-  for (int d = 0; d < x->ndim; d++) {
-    shape[d] = index->shape[d];
-    stride[0][d] = t.work->stride[d];
-    stride[1][d] = number ? 0 : src->stride[d];
-    stride[2][d] = shape[d] == 1 ? 0 : index->stride[d];
+  int order[MOE_MAX_DIM], at = walk_order(index, dim, order);
+  for (int i = 0; i < x->ndim; i++) {
+    int d = order[i];
+    shape[i] = index->shape[d];
+    stride[0][i] = t.work->stride[d];
+    stride[1][i] = number ? 0 : src->stride[d];
+    stride[2][i] = shape[i] == 1 ? 0 : index->stride[d];
   }
-  int at = dim, ndim = merge_dims(x->ndim, &at, shape, 3, stride);
+  int ndim = merge_dims(x->ndim, &at, shape, 3, stride);
   MOE_TRY(named(c, MOE_RUN(moe_dev(x), c->op->name, scatter, moe_data(t.work), moe_data(src), moe_data_i64(index), c->base, ndim, shape,
                            stride[0], stride[1], stride[2], at, n, dt, add), dim, x));
   return target_close(&t);

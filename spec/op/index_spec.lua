@@ -143,6 +143,17 @@ describe("gather and scatter", function()
     end
   end)
 
+  it("take one element a row", function()
+    local x, list = numbers { 2, 5, 4 }, positions(10, 4)
+    local ids = index(list):view(2, 5, 1)
+    local y, z = x:gather(3, ids), x:scatter_add(3, ids, moe.ones(2, 5, 1, { dtype = "f64" }))
+    for i = 1, 2 do for j = 1, 5 do
+      local at = ids[i][j][1]
+      assert.equal(x[i][j][at], y[i][j][1])
+      for k = 1, 4 do assert.close(x[i][j][k] + (k == at and 1 or 0), z[i][j][k]) end
+    end end
+  end)
+
   it("move whole rows for an index that is expanded", function()
     local x, list = numbers { 6, 9 }, positions(11, 6)
     local wide = index(list):view(11, 1):expand(11, 9)
