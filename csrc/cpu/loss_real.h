@@ -95,24 +95,29 @@ static void NAME(ce_bwd)(void *arg, int64_t begin, int64_t end, int worker) {
   }
 }
 
-/* loss = sum_c q_c w_c (lse - x_c), q = (1 - s) target + s / n */
-static void NAME(soft_ce)(void *arg, int64_t begin, int64_t end, int worker) {
-  const ce_job *b = arg;
+/* loss = sum_c q_c (lse - x_c), q = w_c ((1 - s) target_c + s / n); gx_c = p_c sum q - q_c;
+** gt_c = (1 - s) w_c (lse - x_c) */
+static inline __attribute__((always_inline)) REAL NAME(soft_q)(REAL t, const REAL *w, int64_t i, REAL keep, REAL each,
+                                                               bool with_w) {
+  REAL q = keep * t + each;
+  return with_w ? q * w[i] : q;
+}
+
+static inline __attribute__((always_inline)) void NAME(soft_rows)(const ce_job *b, int64_t begin, int64_t end, bool with_w) {
   const REAL *restrict w = b->w;
   int64_t n = b->n;
   REAL keep = (REAL)(1.0 - b->smoothing), each = n > 0 ? (REAL)(b->smoothing / (double)n) : 0;
-  (void)worker;
   for (int64_t row = begin; row < end; row++) {
     const REAL *restrict x = (const REAL *)b->x + row * n, *restrict t = (const REAL *)b->probs + row * n;
     double max = 0, rest = n > 0 ? NAME(row_logsumexp)(x, n, &max) : 0, loss = 0;
-    REAL lse = (REAL)(max + rest);
-    ((REAL *)b->lse)[row] = lse;
+    REAL m = (REAL)max, r = (REAL)rest;
+    ((REAL *)b->lse)[row] = (REAL)(max + rest);
     for (int64_t i0 = 0; i0 < n; i0 += BLOCK) {
       int64_t stop = MOE_MIN(i0 + BLOCK, n);
-      REAL s = 0, m = (REAL)max, r = (REAL)rest;
+      REAL s = 0;
 #pragma omp simd reduction(+ : s)
       for (int64_t i = i0; i < stop; i++) {
-        REAL q = (keep * t[i] + each) * (w ? w[i] : 1);
+        REAL q = NAME(soft_q)(t[i], w, i, keep, each, with_w);
         s += q == 0 ? 0 : q * ((m - x[i]) + r);
       }
       loss += (double)s;
@@ -121,30 +126,52 @@ static void NAME(soft_ce)(void *arg, int64_t begin, int64_t end, int worker) {
   }
 }
 
-/* d loss / d x_c = p_c sum q w - q_c w_c;  d loss / d target_c = (1 - s) w_c (lse - x_c) */
-static void NAME(soft_ce_bwd)(void *arg, int64_t begin, int64_t end, int worker) {
+static void NAME(soft_ce)(void *arg, int64_t begin, int64_t end, int worker) {
   const ce_job *b = arg;
+  (void)worker;
+  if (b->w)
+    NAME(soft_rows)(b, begin, end, true);
+  else
+    NAME(soft_rows)(b, begin, end, false);
+}
+
+static inline __attribute__((always_inline)) void NAME(soft_rows_bwd)(const ce_job *b, int64_t begin, int64_t end, bool with_w) {
   const REAL *restrict w = b->w;
   int64_t n = b->n;
   REAL keep = (REAL)(1.0 - b->smoothing), each = n > 0 ? (REAL)(b->smoothing / (double)n) : 0;
-  (void)worker;
   for (int64_t row = begin; row < end; row++) {
     const REAL *restrict x = (const REAL *)b->x + row * n, *restrict t = (const REAL *)b->probs + row * n;
-    REAL lse = ((const REAL *)b->lse_in)[row], sum = 0;
+    REAL lse = ((const REAL *)b->lse_in)[row];
     REAL g = (REAL)((double)((const REAL *)b->g)[b->g_one ? 0 : row] * b->scale);
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; i++) sum += (keep * t[i] + each) * (w ? w[i] : 1);
+    double total = 0;
+    for (int64_t i0 = 0; i0 < n; i0 += BLOCK) {
+      int64_t stop = MOE_MIN(i0 + BLOCK, n);
+      REAL s = 0;
+#pragma omp simd reduction(+ : s)
+      for (int64_t i = i0; i < stop; i++) s += NAME(soft_q)(t[i], w, i, keep, each, with_w);
+      total += (double)s;
+    }
+    REAL sum = (REAL)total;
     if (b->gx) {
       REAL *restrict gx = (REAL *)b->gx + row * n;
 #pragma omp simd
       for (int64_t i = 0; i < n; i++)
-        gx[i] = g * (sum * F(exp)(x[i] - lse) - (keep * t[i] + each) * (w ? w[i] : 1));
+        gx[i] = g * (sum * F(exp)(x[i] - lse) - NAME(soft_q)(t[i], w, i, keep, each, with_w));
     }
     if (b->gt) {
       REAL *restrict gt = (REAL *)b->gt + row * n;
-      for (int64_t i = 0; i < n; i++) gt[i] = g * keep * (w ? w[i] : 1) * (lse - x[i]);
+      for (int64_t i = 0; i < n; i++) gt[i] = g * keep * (with_w ? w[i] : 1) * (lse - x[i]);
     }
   }
+}
+
+static void NAME(soft_ce_bwd)(void *arg, int64_t begin, int64_t end, int worker) {
+  const ce_job *b = arg;
+  (void)worker;
+  if (b->w)
+    NAME(soft_rows_bwd)(b, begin, end, true);
+  else
+    NAME(soft_rows_bwd)(b, begin, end, false);
 }
 
 /* --- elementwise --- */

@@ -54,7 +54,7 @@ static moe_status ce_check(moe_ctx *c, bool log_prob, bool *soft) {
   }
   if (w && (w->ndim != 1 || w->shape[0] != x->shape[x->ndim - 1]))
     return OP_FAIL(c, "weight must be [%lld], a number a class, got %s", (long long)x->shape[x->ndim - 1], moe_shape_of(b, w));
-  if (w && w->requires_grad && moe_grad_enabled()) return OP_FAIL(c, "weight has no gradient: use weight:detach()");
+  if (w && w->requires_grad && c->record) return OP_FAIL(c, "weight has no gradient: use weight:detach()");
   return MOE_OK;
 }
 
