@@ -119,7 +119,10 @@ static moe_tensor *attention_dropout(moe_tensor *q, moe_tensor *k, moe_tensor *v
   if (choose) a = MOE_CALL(where, T(mask), T(a), F(-1e30));
   else if (mask) a = MOE_CALL(add, T(a), T(mask));
   a = MOE_CALL(softmax, T(a), I(-1));
-  if (choose) a = MOE_CALL(where, T(mask), T(a), F(0)); /* a query that sees no key gives 0 */
+  if (choose) { /* a query that sees no key gives 0 */
+    a = MOE_CALL(where, T(mask), T(a), F(0));
+    if (keep) a = MOE_CALL(where, T(keep), T(a), F(0));
+  }
   return MOE_CALL(matmul, T(MOE_CALL(dropout, T(a), F(p), I(true))), T(v));
 }
 

@@ -1,0 +1,245 @@
+-- The attention layer against plain loops, and its cache of keys and values.
+local helper = require "spec.helper" -- luacheck: ignore
+local moe = require "moe"
+local nn = moe.nn
+
+local function dot(a, b)
+  local s = 0
+  for i = 1, #a do s = s + a[i] * b[i] end
+  return s
+end
+
+local function project(x, w, b)
+  local y = {}
+  for i = 1, #w do y[i] = dot(x, w[i]) + (b and b[i] or 0) end
+  return y
+end
+
+local function slice(t, first, n) return table.move(t, first, first + n - 1, 1, {}) end
+
+-- Turns the two halves of a head by position * base^(-2i/n), positions counting from 0.
+local function rope(v, position, base)
+  local half, out = #v // 2, {}
+  for i = 1, half do
+    local angle = position * base ^ (-2 * (i - 1) / #v)
+    local c, s = math.cos(angle), math.sin(angle)
+    out[i], out[i + half] = v[i] * c - v[i + half] * s, v[i + half] * c + v[i] * s
+  end
+  return out
+end
+
+local function rms(v, w, eps)
+  local square, out = dot(v, v) / #v, {}
+  for i = 1, #v do out[i] = v[i] / math.sqrt(square + eps) * w[i] end
+  return out
+end
+
+-- One sequence x [time][d] through the layer's weights.
+local function reference(m, x)
+  local heads, kv = m.num_heads, m.num_kv_heads or m.num_heads
+  local dim = m.head_dim or m.d_model // heads
+  local function values(t) return t and t:totable() end
+  local w, b = values(m.qkv_proj.weight), values(m.qkv_proj.bias)
+  local ow, ob = values(m.o_proj.weight), values(m.o_proj.bias)
+  local qn, kn = values(m.q_norm and m.q_norm.weight), values(m.k_norm and m.k_norm.weight)
+  local q, k, v, y = {}, {}, {}, {}
+  for t = 1, #x do
+    local all = project(x[t], w, b)
+    q[t], k[t], v[t] = {}, {}, {}
+    local function head(into, first, n, norm, turn)
+      for h = 1, n do
+        local part = slice(all, (first + h - 1) * dim + 1, dim)
+        if norm then part = rms(part, norm, 1e-6) end
+        if turn and m.rope then part = rope(part, t - 1, m.rope_base) end
+        into[t][h] = part
+      end
+    end
+    head(q, 0, heads, qn, true)
+    head(k, heads, kv, kn, true)
+    head(v, heads + kv, kv)
+  end
+  for t = 1, #x do
+    local joined = {}
+    for h = 1, heads do
+      local group = (h - 1) // (heads // kv) + 1
+      local score, total, last = {}, 0, m.causal and t or #x
+      for s = 1, last do
+        score[s] = math.exp(dot(q[t][h], k[s][group]) / math.sqrt(dim))
+        total = total + score[s]
+      end
+      for i = 1, dim do
+        local sum = 0
+        for s = 1, last do sum = sum + score[s] / total * v[s][group][i] end
+        joined[#joined + 1] = sum
+      end
+    end
+    y[t] = project(joined, ow, ob)
+  end
+  return y
+end
+
+local CASES = {
+  { d_model = 8, num_heads = 2 },
+  { d_model = 8, num_heads = 4, num_kv_heads = 2, bias = false },
+  { d_model = 6, num_heads = 3, num_kv_heads = 1, head_dim = 4, rope = true, qkv_bias = false },
+  { d_model = 8, num_heads = 2, rope = true, rope_base = 100, qk_norm = true },
+  { d_model = 5, num_heads = 1, causal = false },
+}
+
+-- A layer in f64 whose biases and gains are not trivial.
+local function make(case)
+  local given = { dtype = "f64" }
+  for k, v in pairs(case) do given[k] = v end
+  local m = nn.attention(given)
+  for _, p in m:named_parameters() do
+    if #p.shape == 1 then nn.init.uniform_(p:detach(), 0.5, 1.5) end
+  end
+  return m
+end
+
+local function text(case)
+  local keys = {}
+  for k, v in pairs(case) do keys[#keys + 1] = k .. "=" .. tostring(v) end
+  table.sort(keys)
+  return table.concat(keys, " ")
+end
+
+describe("attention", function()
+  for _, case in ipairs(CASES) do
+    it("equals plain loops: " .. text(case), function()
+      moe.manual_seed(1)
+      local m = make(case)
+      local x = moe.randn(2, 7, case.d_model, { dtype = "f64" })
+      local y = m(x)
+      assert.close(reference(m, x[1]:totable()), y[1], { rtol = 1e-9, atol = 1e-10 })
+      assert.close(reference(m, x[2]:totable()), y[2], { rtol = 1e-9, atol = 1e-10 })
+    end)
+
+    it("has gradients: " .. text(case), function()
+      moe.manual_seed(2)
+      local m = make(case)
+      moe.gradcheck(function(x) return m(x) end, { moe.randn(1, 4, case.d_model, { dtype = "f64" }) })
+      local x = moe.randn(1, 4, case.d_model, { dtype = "f64" })
+      local weights = moe.arange(1, x:numel(), { dtype = "f64" }):reshape(x.shape):sin()
+      local function value() return (m(x) * weights):sum() end
+      value():backward()
+      for name, p in m:named_parameters() do
+        local flat = p:detach():reshape(-1)
+        local want, eps = {}, 1e-6
+        for i = 1, #flat do
+          local old = flat[i]
+          flat[i] = old + eps
+          local up = value():item()
+          flat[i] = old - eps
+          want[i] = (up - value():item()) / (2 * eps)
+          flat[i] = old
+        end
+        assert.close(want, p.grad:reshape(-1), { rtol = 1e-5, atol = 1e-7 }, name)
+      end
+    end)
+
+    if case.causal ~= false then
+      it("in pieces equals whole: " .. text(case), function()
+        moe.manual_seed(3)
+        local m = make(case)
+        local x = moe.randn(2, 9, case.d_model, { dtype = "f64" })
+        local whole = m(x)
+        local state, parts, start = m:state(2), {}, 1
+        for i, n in ipairs { 3, 1, 1, 4 } do
+          parts[i], state = m(x:narrow(2, start, n), state)
+          start = start + n
+        end
+        assert.close(whole, moe.cat(parts, 2), { rtol = 1e-10, atol = 1e-12 })
+        local dim = case.head_dim or case.d_model // case.num_heads
+        assert.same({ 2, case.num_kv_heads or case.num_heads, 9, dim }, state.k.shape)
+      end)
+
+      it("sees nothing of the future: " .. text(case), function()
+        local m = make(case)
+        local x = moe.randn(1, 6, case.d_model, { dtype = "f64" })
+        local changed = x:clone()
+        changed[{ 1, 5 }] = 3
+        local a, b = m(x), m(changed)
+        assert.same(a:narrow(2, 1, 4):totable(), b:narrow(2, 1, 4):totable())
+        assert.is_not.same(a[1][5]:totable(), b[1][5]:totable())
+      end)
+    end
+
+    it("with dropout of nothing equals itself: " .. text(case), function()
+      moe.manual_seed(4)
+      local given = { dropout = 1e-12 }
+      for k, v in pairs(case) do given[k] = v end
+      local m = make(given)
+      local x = moe.randn(2, 5, case.d_model, { dtype = "f64" })
+      local heads = case.num_heads
+      local keep = moe.rand(2, 1, 5, 5):gt(0.4)
+      keep[{ 1, 1, 2 }] = false -- a query that sees nothing
+      local added = moe.randn(heads, 5, 5, { dtype = "f64" })
+      for _, mask in ipairs { false, keep, added } do
+        local wanted = m:eval()(x, mask or nil)
+        assert.close(wanted, m:train()(x, mask or nil), { rtol = 1e-9, atol = 1e-10 })
+      end
+    end)
+  end
+
+  it("takes a mask by position, or in a context that holds more", function()
+    local m = nn.attention { d_model = 4, num_heads = 2, causal = false }
+    local x = moe.randn(1, 3, 4)
+    local mask = moe.ones(3, 3):tril():gt(0)
+    local causal = nn.attention { d_model = 4, num_heads = 2 }
+    causal:load_state_dict(m:state_dict())
+    assert.close(causal(x), m(x, mask), { rtol = 1e-5, atol = 1e-6 })
+    assert.close(causal(x), m(x, nil, { attn_mask = mask, step = 3, token_ids = {} }), { rtol = 1e-5, atol = 1e-6 })
+    assert.close(causal(x), m(x, nil, mask), { rtol = 1e-5, atol = 1e-6 })
+    assert.close(m(x), m(x, nil, { step = 3 }), { rtol = 1e-5, atol = 1e-6 })
+    assert.close(m(x), m(x, nil, {}), { rtol = 1e-5, atol = 1e-6 })
+  end)
+
+  it("drops out in training alone", function()
+    moe.manual_seed(5)
+    local m = nn.attention { d_model = 8, num_heads = 2, dropout = 0.5 }
+    local x = moe.randn(1, 6, 8)
+    assert.is_not.same(m(x):totable(), m(x):totable())
+    m:eval()
+    assert.same(m(x):totable(), m(x):totable())
+  end)
+
+  it("lets gradients flow through the state", function()
+    local m = make { d_model = 4, num_heads = 2 }
+    local x = moe.randn(1, 6, 4, { dtype = "f64", requires_grad = true })
+    m(x):square():sum():backward()
+    local whole, weight = x.grad:clone(), m.qkv_proj.weight.grad:clone()
+    m:zero_grad()
+    x.grad = nil
+    local a, state = m(x:narrow(2, 1, 4), m:state(1))
+    local b = m(x:narrow(2, 5, 2), state)
+    ;(a:square():sum() + b:square():sum()):backward()
+    assert.close(whole, x.grad, { rtol = 1e-9, atol = 1e-11 })
+    assert.close(weight, m.qkv_proj.weight.grad, { rtol = 1e-9, atol = 1e-11 })
+  end)
+
+  it("is a mixer too", function()
+    local m = require("moe.mixer").attention { d_model = 4, num_heads = 2 }
+    assert.same({ 1, 3, 4 }, m(moe.ones(1, 3, 4)).shape)
+    assert.equal(4 * 12 + 12 + 16 + 4, m:num_parameters())
+  end)
+
+  it("refuses what does not fit", function()
+    local m = nn.attention(8, 2)
+    assert.error_matches(function() m(moe.ones(2, 8)) end, "x must be %[batch, time, 8%], got %[2, 8%]")
+    assert.has_error(function() m(moe.ones(1, 2, 7)) end)
+    assert.has_error(function() m(moe.ones(1, 2, 8), { k = moe.ones(1, 2, 3, 4) }) end)
+    assert.has_error(function() m(moe.ones(1, 2, 8), { k = moe.ones(1, 2, 3, 4), v = moe.ones(1, 2, 2, 4) }) end)
+    assert.error_matches(function() m(moe.ones(1, 2, 8), { k = moe.ones(2, 2, 3, 4), v = moe.ones(1, 2, 3, 4) }) end,
+      "state.k must be %[1, 2, time, 4%], got %[2, 2, 3, 4%]")
+    assert.error_matches(function() m(moe.ones(1, 2, 8), { k = 3 }) end, "state.k must be a tensor")
+    assert.has_error(function() m(moe.ones(1, 2, 8), "state") end)
+    assert.has_error(function() m(moe.ones(1, 2, 8), nil, moe.ones(3, 3)) end)
+    for _, bad in ipairs { { d_model = 8, num_heads = 3 }, { d_model = 8, num_heads = 4, num_kv_heads = 3 }, { d_model = 8, num_heads = 0 },
+      { d_model = 6, num_heads = 2, rope = true }, { d_model = 8, num_heads = 2, dropout = 1 }, { d_model = 8 },
+      { d_model = 8, num_heads = 2, head_dim = 0 }, { d_model = 1 << 40, num_heads = 1 << 40 },
+      { d_model = 8, num_heads = 2, head_dim = 1 << 60 } } do
+      assert.has_error(function() nn.attention(bad) end)
+    end
+  end)
+end)
