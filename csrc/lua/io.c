@@ -10,6 +10,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "lua/ldata.h"
 #include "lua/lmoe.h"
 
 #define FILE_GUARD "moe.io.file"
@@ -439,4 +440,5 @@ void moeL_open_io(lua_State *L) {
   lua_newtable(L);
   moeL_setfuncs(L, functions);
   lua_setfield(L, -2, "_files");
+  moeL_open_data(L);
 }
