@@ -1,5 +1,9 @@
 /* Attention for one element type: attention.c includes this with REAL = float and double. */
 
+static inline void STATIC(clear)(REAL *p, int64_t n) { /* memset may not see the NULL of an empty tensor */
+  for (int64_t c = 0; c < n; c++) p[c] = 0;
+}
+
 /* Keys that query i of all sees, of s. */
 static inline int64_t STATIC(seen)(const STATIC(job) *j, int64_t i) {
   if (!j->causal) return j->s;
@@ -66,7 +70,7 @@ static void STATIC(forward)(STATIC(job) *j, int64_t b, int64_t h, int64_t q0) {
   REAL *y = j->y + b * j->sy[0] + h * j->sy[1] + q0 * j->sy[2];
   for (int64_t i = 0; i < rows; i++) max[i] = (REAL)-INFINITY, sum[i] = 0;
   if (end == 0)
-    for (int64_t i = 0; i < rows; i++) memset(y + i * j->sy[2], 0, (size_t)j->dv * sizeof *y);
+    for (int64_t i = 0; i < rows; i++) STATIC(clear)(y + i * j->sy[2], j->dv);
   for (int64_t k0 = 0; k0 < end; k0 += KEYS) {
     int64_t n = MOE_MIN(KEYS, end - k0);
     STATIC(scores)(j, p, b, h, q0, rows, k0, n);
@@ -102,8 +106,8 @@ static void STATIC(backward)(STATIC(job) *j, int64_t b, int64_t hk) {
   const REAL *k = STATIC(head)(j->k, j->sk, b, hk), *v = STATIC(head)(j->v, j->sv, b, hk);
   REAL *dk = j->dk + b * j->sdk[0] + hk * j->sdk[1], *dv = j->dvalue + b * j->sdv[0] + hk * j->sdv[1];
   for (int64_t i = 0; i < j->s; i++) {
-    memset(dk + i * j->sdk[2], 0, (size_t)j->d * sizeof *dk);
-    memset(dv + i * j->sdv[2], 0, (size_t)j->dv * sizeof *dv);
+    STATIC(clear)(dk + i * j->sdk[2], j->d);
+    STATIC(clear)(dv + i * j->sdv[2], j->dv);
   }
   for (int64_t h = hk * j->group; h < (hk + 1) * j->group; h++) {
     const REAL *q = STATIC(head)(j->q, j->sq, b, h), *y = STATIC(head)(j->y, j->sy, b, h);
@@ -118,7 +122,7 @@ static void STATIC(backward)(STATIC(job) *j, int64_t b, int64_t hk) {
 #pragma omp simd reduction(+ : sum)
         for (int64_t c = 0; c < j->dv; c++) sum += gi[c] * yi[c];
         delta[i] = sum;
-        if (end == 0) memset(dq + (q0 + i) * j->sdq[2], 0, (size_t)j->d * sizeof *dq);
+        if (end == 0) STATIC(clear)(dq + (q0 + i) * j->sdq[2], j->d);
       }
       const REAL *gq = g + q0 * j->sg[2];
       for (int64_t k0 = 0; k0 < end; k0 += KEYS) {

@@ -67,7 +67,7 @@ moe_status moe_fwd_conv1d(moe_ctx *c) {
     y = MOE_CALL(reshape, T(y), INTS(((const int64_t[]){b, cout, len}), 3));
   }
   if (bias) y = MOE_CALL(add, T(y), T(MOE_CALL(reshape, T(bias), INTS(((const int64_t[]){cout, 1}), 2))));
-  return moe_set_out(c, 0, y);
+  return y ? moe_set_out(c, 0, y) : moe_fail_prefix("conv1d");
 }
 
 /* --- causal_conv1d --- */

@@ -201,7 +201,7 @@ static moe_status join(const equation *e, term *x, term *y, const bool *keep) {
   for (int i = 0; i < nr; i++) x->label[x->n++] = right[i];
   for (int i = 0; i < x->n; i++) shape[i] = e->size[x->label[i]];
   x->t = MOE_CALL(reshape, T(x->t), INTS(shape, x->n));
-  return x->t ? MOE_OK : moe_error_code();
+  return x->t ? MOE_OK : moe_fail_prefix("einsum");
 }
 
 enum { MAX_OPERANDS = 16 };
@@ -258,5 +258,5 @@ moe_status moe_fwd_einsum(moe_ctx *c) {
   arrange(&in[0], out.label, out.n);
   /* never the operand itself: a result is a tensor of its own */
   if (in[0].t == c->arg[1].list.v[0]) in[0].t = MOE_CALL(clone, T(in[0].t));
-  return moe_set_out(c, 0, in[0].t);
+  return in[0].t ? moe_set_out(c, 0, in[0].t) : moe_fail_prefix("einsum");
 }

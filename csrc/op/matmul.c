@@ -28,16 +28,16 @@ static bool matrix_of(const moe_tensor *t, bool *trans, int64_t *ld) {
 
 /* True when the dimensions before the last are one long column of rows of one stride. */
 static bool rows_fold(const moe_tensor *t, int64_t *ld) {
-  int64_t cols = t->shape[t->ndim - 1], step = 0, next = 0; /* step: of the rows; next: what the dimension outside must have */
+  int64_t cols = t->shape[t->ndim - 1], step = cols, next = -1; /* step: of the rows; next: what the dimension outside must have */
   if (cols != 1 && t->stride[t->ndim - 1] != 1) return false;
   for (int d = t->ndim - 2; d >= 0; d--) {
     if (t->shape[d] == 1) continue;
-    if (step == 0) step = next = t->stride[d];
+    if (next < 0) step = next = t->stride[d];
     if (t->stride[d] != next) return false;
     next *= t->shape[d];
   }
-  *ld = step == 0 ? cols : step;
-  return *ld >= MOE_MAX(cols, 1);
+  *ld = step;
+  return step >= MOE_MAX(cols, 1); /* not 0: an expanded row is no matrix */
 }
 
 /* Element offset of every batch (row-major over `shape`) of t, whose last two dimensions are left out. NULL in *off when

@@ -53,6 +53,20 @@ describe("matmul", function()
     end
   end)
 
+  it("takes rows, columns and batches that an expand repeats", function()
+    local rng = helper.random(6)
+    local row, column, w = random(rng, { 1, 4 }), random(rng, { 3, 1 }), random(rng, { 4, 5 })
+    for _, x in ipairs { row:expand { 3, 4 }, column:expand { 3, 4 }, row:expand { 2, 3, 4 }, row:unsqueeze(1):expand { 2, 3, 4 },
+      column:expand { 2, 3, 4 }, moe.tensor(2):expand { 3, 4 } } do
+      assert.close(x:contiguous():matmul(w), x:matmul(w))
+      assert.close(x:contiguous():matmul(w), moe.linear(x, w:t()))
+      assert.close(w:t():matmul(x:contiguous():transpose(-1, -2)), w:t():matmul(x:transpose(-1, -2)))
+      assert.close(x:contiguous():transpose(-1, -2):matmul(x:contiguous()), x:transpose(-1, -2):matmul(x))
+    end
+    local batch = random(rng, { 3, 4 }):unsqueeze(1):expand { 2, 3, 4 }
+    assert.close(batch:contiguous():matmul(w), batch:matmul(w))
+  end)
+
   it("broadcasts what comes before the last two dims", function()
     local rng = helper.random(4)
     local cases = {
