@@ -196,19 +196,19 @@ moe_status MOE_CPU(ffn)(void *y, void *h, const moe_ffn *f) {
   ffn_job job = {.f = f, .h = h, .y = y};
   task_list tasks = {0};
   moe_status st = MOE_OK;
-  if (p->token != NULL && (job.y = moe_mem_alloc(moe_cpu(), bytes)) == NULL && bytes > 0) return moe_error_code();
+  if (!p->dense && (job.y = moe_mem_alloc(moe_cpu(), bytes)) == NULL && bytes > 0) return moe_error_code();
   if (make_tasks(&tasks, p, f->hidden * (f->d_in * (f->gated ? 2 : 1) + f->d_out), true, NULL)) {
     job.task = tasks.v;
     moe_parallel(tasks.n, fwd_task, &job);
     st = finish(&job);
-    if (st == MOE_OK && p->token != NULL) {
+    if (st == MOE_OK && !p->dense) {
       rows_job c = {p, y, job.y, f->weight, f->d_out};
       run_rows(f->dtype == MOE_f64 ? combine_f64 : combine_f32, &c, p->tokens, (p->rows + p->tokens) * f->d_out);
     }
   } else {
     st = moe_error_code();
   }
-  if (p->token != NULL) moe_mem_free(moe_cpu(), job.y, bytes);
+  if (!p->dense) moe_mem_free(moe_cpu(), job.y, bytes);
   free(tasks.v);
   return st;
 }
@@ -248,7 +248,7 @@ moe_status MOE_CPU(ffn_bwd)(void *gx, void *gw_in, void *gw_out, void *gb_in, vo
   if (gweight) memset(gweight, 0, (size_t)(nweight * size));
 
   if (!make_tasks(&tasks, p, 2 * macs, false, &cut_rows)) goto done;
-  if (gx && p->token != NULL) {
+  if (gx && !p->dense) {
     gx_bytes = p->rows * f->d_in * size;
     if ((job.gx = moe_mem_alloc(moe_cpu(), gx_bytes)) == NULL && gx_bytes > 0) goto done;
   }
@@ -266,7 +266,7 @@ moe_status MOE_CPU(ffn_bwd)(void *gx, void *gw_in, void *gw_out, void *gb_in, vo
     moe_parallel(stripes.n, stripe_task, &job);
     if ((st = finish(&job)) != MOE_OK) goto done;
   }
-  if (gx && p->token != NULL) {
+  if (gx && !p->dense) {
     rows_job c = {p, gx, job.gx, NULL, f->d_in};
     run_rows(f->dtype == MOE_f64 ? combine_f64 : combine_f32, &c, p->tokens, (p->rows + p->tokens) * f->d_in);
   }

@@ -207,7 +207,7 @@ static void R(tn)(int64_t m, int64_t n, int64_t rows, const REAL *a, int64_t lda
 
 /* Rows [r0, r1) of the plan, from x [tokens, d]: x itself where they lie together, else gathered into `room`. */
 static const REAL *R(rows_of)(const moe_plan *p, const REAL *x, int64_t d, int64_t r0, int64_t r1, REAL *room) {
-  if (p->token == NULL) return x + r0 * d;
+  if (p->dense) return x + r0 * d;
   if (r1 - r0 == 1) return x + p->token[r0] * d;
   for (int64_t r = r0; r < r1; r++) memcpy(room + (r - r0) * d, x + p->token[r] * d, (size_t)d * sizeof *x);
   return room;
@@ -341,7 +341,7 @@ static void R(gather)(void *arg, int64_t begin, int64_t end, int worker) {
   const moe_plan *p = j->plan;
   int64_t d = j->d;
   for (int64_t r = begin; r < end; r++) {
-    const REAL *restrict x = (const REAL *)j->x + (p->token ? p->token[r] : r) * d;
+    const REAL *restrict x = (const REAL *)j->x + (p->dense ? r : p->token[r]) * d;
     REAL *restrict y = (REAL *)j->y + r * d;
     if (j->weight == NULL) {
       memcpy(y, x, (size_t)d * sizeof *y);
@@ -390,7 +390,7 @@ static void R(dots)(void *arg, int64_t begin, int64_t end, int worker) {
   const moe_plan *p = j->plan;
   for (int64_t r = begin; r < end; r++)
     ((REAL *)j->y)[p->source[r]] =
-        R(dot)((const REAL *)j->x + (p->token ? p->token[r] : r) * j->d, (const REAL *)j->weight + r * j->d, j->d);
+        R(dot)((const REAL *)j->x + (p->dense ? r : p->token[r]) * j->d, (const REAL *)j->weight + r * j->d, j->d);
 }
 
 /* --- grouped linear: rows [r0, r1) of group g --- */

@@ -19,7 +19,7 @@ static void plan_make(call_plan *cp, moe_tensor *const *lists, int64_t experts, 
   cp->expert[0] = 0;
   cp->start[0] = 0;
   cp->start[1] = tokens;
-  cp->p = (moe_plan){.tokens = tokens, .experts = 1, .rows = tokens, .groups = tokens > 0, .expert = cp->expert, .start = cp->start};
+  cp->p = (moe_plan){.dense = true, .tokens = tokens, .experts = 1, .rows = tokens, .groups = tokens > 0, .expert = cp->expert, .start = cp->start};
 }
 
 static moe_tensor **lists_of(const moe_ctx *c, int i) {

@@ -14,9 +14,10 @@
 
 typedef struct moe_plan {
   int64_t tokens, experts, rows, groups;
+  bool dense;         /* one expert has every token: row r is token r, and only expert and start are there */
   int64_t *expert;    /* [groups] the expert of a group, ascending */
   int64_t *start;     /* [groups + 1] its rows are start[g] .. start[g + 1] - 1 */
-  int64_t *token;     /* [rows] NULL: row r is token r, all of them belong to one expert */
+  int64_t *token;     /* [rows] */
   int64_t *source;    /* [rows] where the row's weight lies in the weight tensor */
   int64_t *row_start; /* [tokens + 1] a token's rows are slot[row_start[t]] .. slot[row_start[t + 1] - 1] */
   int64_t *slot;      /* [rows] rows in the order of tokens and, for one, of sources */

@@ -40,7 +40,7 @@ local function sequence_demand(routing, batch)
   local T, E = routing.num_tokens // batch, routing.num_experts
   local index = need(routing, "index", "switch")
   local k = index:size(2)
-  local of_token = core.arange(0, batch * T):to "i64":floor_divide(T):reshape { batch * T, 1 }:expand { batch * T, k }
+  local of_token = core.arange(0, batch * T - 1):to "i64":floor_divide(T):reshape { batch * T, 1 }:expand { batch * T, k }
   local cell = (of_token * (E + 1) + index):reshape { -1 } + 1 -- column 1: tokens without an expert
   return core.bincount(cell, batch * (E + 1)):reshape { batch, E + 1 }:narrow(2, 2, E)
 end

@@ -64,12 +64,12 @@ function Layer:init(given)
   for i, loss in ipairs(losses) do
     if not callable(loss) then fail("balance[%d] must be a function (routing, ctx), got a %s", i, type(loss)) end
     self._state[i] = {}
-    if loss.name == "selection_bias" then sizes.selection_bias = true end
+    if type(loss) == "table" and loss.name == "selection_bias" then sizes.selection_bias = true end
   end
   self._options = o
   self.d_model, self.num_experts, self.force = o.d_model, o.num_experts, o.force
   self.router = bound(o.router or routers.topk { top_k = math.min(2, o.num_experts) }, sizes)
-  if sizes.selection_bias and not self.router.expert_bias then
+  if sizes.selection_bias and (type(self.router) == "function" or not self.router.expert_bias) then
     fail "the selection-bias controller needs a router with selection_bias = true"
   end
   self.experts = bound(o.experts, sizes)
@@ -81,11 +81,13 @@ function Layer:init(given)
   self:reset_stats()
 end
 
+local function top_k_of(self) return type(self.router) ~= "function" and self.router.top_k or 1 end
+
 -- The forced choice of a layer: nil, or an index [T, k] for routers that take ctx.choice.
 local function forced_choice(self, x, ctx)
   local force = ctx.choice or self.force
   if force == nil or core.is_tensor(force) then return force end
-  if force == "uniform" then return routers.uniform_choice(x:size(1), self.router.top_k or 1, self.num_experts) end
+  if force == "uniform" then return routers.uniform_choice(x:size(1), top_k_of(self), self.num_experts) end
   if type(force) == "string" then error(("layer: unknown force '%s' (\"uniform\", an index tensor, or a function)"):format(force), 0) end
   return force(x, ctx)
 end
@@ -140,7 +142,7 @@ local COMBINE <const> = {
   add = function(_, _, y, z) return y + z end,
   gate = function(self, x, y, z) return y + x:linear(self.shared_gate):sigmoid() * z end,
   average = function(self, _, y, z)
-    local k = self.router.top_k or 1
+    local k = top_k_of(self)
     return (y * k + z) / (k + 1)
   end,
   residual = function(self, x, y, z)

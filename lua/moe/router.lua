@@ -90,10 +90,10 @@ end
 function TopK:logits(x)
   local o = self._options
   if x.dtype ~= "f64" and x.dtype ~= "f32" then x = x:to "f32" end -- a router decides in f32 at least
-  if o.jitter > 0 and self.training then x = x * (core.rand_like(x) * (2 * o.jitter) + (1 - o.jitter)) end
+  if o.jitter > 0 and self.training then x = x * (core.rand_like(x:detach()) * (2 * o.jitter) + (1 - o.jitter)) end
   local logits = x:linear(self.weight, self.bias)
   if o.noise and (self.training or o.noise_in_eval) then
-    local noise = core.randn_like(logits)
+    local noise = core.randn_like(logits:detach())
     if o.noise == "learned" then
       noise = noise * x:linear(self.noise_weight, self.noise_bias):softplus()
     else
@@ -139,7 +139,7 @@ M.topk = TopK
 
 --- The choice "token t takes experts t k + 1, t k + 2, ..." modulo num_experts, as [T, k]: an even load, for experiments.
 function M.uniform_choice(tokens, top_k, num_experts)
-  return core.arange(0, tokens * top_k):to "i64":remainder(num_experts):reshape { tokens, top_k } + 1
+  return core.arange(0, tokens * top_k - 1):to "i64":remainder(num_experts):reshape { tokens, top_k } + 1
 end
 
 return M

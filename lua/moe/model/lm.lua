@@ -204,14 +204,29 @@ function LM:extra()
     self.positional)
 end
 
+-- The rows of the learned positions for packed sequences: each counts from 1.
+local function packed_positions(self, lengths, time)
+  local at, numbers = lengths:totable(), {}
+  for s = 2, #at do
+    if at[s] - at[s - 1] > self.max_seq_len then
+      error(("lm: a sequence of %d positions, but max_seq_len is %d"):format(at[s] - at[s - 1], self.max_seq_len), 4)
+    end
+    for i = 1, at[s] - at[s - 1] do numbers[#numbers + 1] = i end
+  end
+  if #numbers ~= time then error(("lm: cu_seqlens counts %d positions, ids has %d"):format(#numbers, time), 4) end
+  return self.positions(moe.tensor(numbers, { dtype = "i64", device = self.positions.device }))
+end
+
 -- The embedded tokens, those of the first position being number start + 1.
-local function embed(self, ids, start)
+local function embed(self, ids, start, ctx)
   local shape = ids.shape
   if #shape ~= 2 then
     error(("lm: ids must be [batch, time], got [%s]"):format(table.concat(shape, ", ")), 3)
   end
   local x, time = self.embed(ids), shape[2]
-  if self.positions then
+  if self.positions and ctx and ctx.cu_seqlens then
+    x = x + packed_positions(self, ctx.cu_seqlens, time)
+  elseif self.positions then
     if start + time > self.max_seq_len then
       error(("lm: %d positions, but max_seq_len is %d"):format(start + time, self.max_seq_len), 3)
     end
@@ -243,7 +258,7 @@ end
 --- The normed last hidden states [batch, time, d_model]; with a state also the state after ids.
 function LM:hidden(ids, ctx, state)
   self.routings = {}
-  local x = embed(self, ids, state and state.position or 0)
+  local x = embed(self, ids, state and state.position or 0, ctx)
   local inner = (ctx ~= nil or is_sparse(self)) and inner_context(ctx, ids) or nil
   local after = state and { position = state.position + ids.shape[2] }
   local routings = {}
