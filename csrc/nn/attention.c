@@ -126,8 +126,72 @@ static moe_tensor *attention_dropout(moe_tensor *q, moe_tensor *k, moe_tensor *v
   return MOE_CALL(matmul, T(MOE_CALL(dropout, T(a), F(p), I(true))), T(v));
 }
 
+/* --- sequences packed one after another: cu_seqlens [n + 1], the cumulative lengths from 0 to the total --- */
+
+/* They are counts, not positions: the same numbers from C and from Lua. */
+static moe_tensor *read_lengths(const moe_module *m, moe_tensor *cu, int64_t batch, int64_t time, bool stateful) {
+  char got[MOE_SHAPE_TEXT];
+  if (cu->ndim != 1 || cu->shape[0] < 1 || moe_dtype_is_float(cu->dtype)) {
+    moe_module_fail(m, "cu_seqlens must be integers [sequences + 1], got %s %s", moe_dtype_name(cu->dtype), moe_shape_of(got, cu));
+    return NULL;
+  }
+  if (batch != 1 || stateful) {
+    moe_module_fail(m, stateful ? "packed sequences start anew: there can be no state with cu_seqlens"
+                                : "cu_seqlens packs sequences into a batch of 1");
+    return NULL;
+  }
+  cu = moe_contiguous_raw(moe_to_raw(cu, MOE_i64, moe_cpu()));
+  if (cu == NULL) return NULL;
+  const int64_t *at = moe_data_i64(cu);
+  int64_t n = cu->shape[0];
+  bool good = at[0] == 0 && at[n - 1] == time;
+  for (int64_t i = 1; i < n && good; i++) good = at[i - 1] <= at[i];
+  if (good) return cu;
+  moe_module_fail(m, "cu_seqlens must rise from 0 to the %lld positions of x", (long long)time);
+  return NULL;
+}
+
+/* [time]: how far each position lies from the start of its sequence. */
+static moe_tensor *restarting_positions(moe_tensor *cu, int64_t time, moe_device *dev) {
+  moe_tensor *pos = moe_empty(1, &time, MOE_i64, moe_cpu());
+  if (pos == NULL) return NULL;
+  int64_t *p = moe_data_i64(pos);
+  const int64_t *at = moe_data_i64(cu);
+  for (int64_t i = 0, seq = 0; i < time; i++) {
+    while (i >= at[seq + 1]) seq++;
+    p[i] = i - at[seq];
+  }
+  return moe_to_raw(pos, MOE_i64, dev);
+}
+
+/* Attention of q, k, v [batch, heads, time, dim]. */
+static moe_tensor *attend(moe_module *m, moe_tensor *q, moe_tensor *k, moe_tensor *v, moe_tensor *mask) {
+  double p = m->training ? moe_module_number(m, "dropout", 0) : 0;
+  if (p > 0) return attention_dropout(q, k, v, mask, m->data[CAUSAL], p);
+  return MOE_CALL(attention, T(q), T(k), T(v), maybe(mask), I(m->data[CAUSAL]), NIL);
+}
+
+/* Each sequence by itself. */
+static moe_tensor *attend_packed(moe_module *m, moe_tensor *q, moe_tensor *k, moe_tensor *v, moe_tensor *cu) {
+  const int64_t *at = moe_data_i64(cu);
+  int64_t n = cu->shape[0] - 1;
+  moe_tensor *parts = moe_empty(1, (const int64_t[]){MOE_MAX(n, 1) * (int64_t)sizeof(moe_tensor *)}, MOE_u8, moe_cpu());
+  if (parts == NULL) return NULL;
+  moe_tensor **part = moe_data(parts);
+  int count = 0;
+  for (int64_t i = 0; i < n; i++) {
+    moe_value dim = I(2), start = I(at[i]), length = I(at[i + 1] - at[i]);
+    if (at[i + 1] == at[i]) continue;
+    part[count] = attend(m, MOE_CALL(narrow, T(q), dim, start, length), MOE_CALL(narrow, T(k), dim, start, length),
+                         MOE_CALL(narrow, T(v), dim, start, length), NULL);
+    if (part[count++] == NULL) return NULL;
+  }
+  return count == 0 ? q : count == 1 ? part[0] : MOE_CALL(cat, TS(part, count), I(2));
+}
+
 moe_status moe_nn_forward_attention(moe_module *m, moe_module_call *c) {
   moe_tensor *x = c->arg[0].t, *mask = c->arg[1].kind == MOE_K_none ? NULL : c->arg[1].t;
+  moe_tensor *cu = c->arg[2].kind == MOE_K_none ? NULL : c->arg[2].t, *positions = NULL;
   char got[MOE_SHAPE_TEXT];
   int64_t d = moe_module_int(m, "d_model", 0), heads = m->data[HEADS], kv = m->data[KV_HEADS], dim = m->data[HEAD_DIM];
   if (x->ndim != 3 || x->shape[2] != d)
@@ -143,6 +207,12 @@ moe_status moe_nn_forward_attention(moe_module *m, moe_module_call *c) {
   } else if (c->state[K] || c->state[V]) {
     return moe_module_fail(m, "the state must hold both k and v");
   }
+  if (cu) {
+    if (mask) return moe_module_fail(m, "attn_mask and cu_seqlens cannot come together");
+    cu = read_lengths(m, cu, batch, time, c->stateful);
+    if (cu == NULL) return moe_error_code();
+    if (m->data[ROPE] && (positions = restarting_positions(cu, time, m->device)) == NULL) return moe_error_code();
+  }
 
   moe_tensor *qkv = MOE_CALL(linear, T(x), T(m->slot[QKV_WEIGHT].t), maybe(m->slot[QKV_BIAS].t));
   moe_tensor *split[3] = {NULL}, *y = MOE_CALL(reshape, T(qkv), INTS(((const int64_t[]){batch, time, heads + 2 * kv, dim}), 4));
@@ -156,16 +226,14 @@ moe_status moe_nn_forward_attention(moe_module *m, moe_module_call *c) {
   }
   if (m->data[ROPE]) {
     moe_value base = F(moe_module_number(m, "rope_base", 10000)), start = I(past);
-    q = MOE_CALL(rope, T(q), NIL, start, base);
-    k = MOE_CALL(rope, T(k), NIL, start, base);
+    q = MOE_CALL(rope, T(q), maybe(positions), start, base);
+    k = MOE_CALL(rope, T(k), maybe(positions), start, base);
   }
   k = extend(c->state[K], k);
   v = extend(c->state[V], v);
   c->next[K] = k;
   c->next[V] = v;
-  double p = m->training ? moe_module_number(m, "dropout", 0) : 0;
-  if (p > 0) y = attention_dropout(q, k, v, mask, m->data[CAUSAL], p);
-  else y = MOE_CALL(attention, T(q), T(k), T(v), maybe(mask), I(m->data[CAUSAL]), NIL);
+  y = cu ? attend_packed(m, q, k, v, cu) : attend(m, q, k, v, mask);
   y = MOE_CALL(transpose, T(y), I(1), I(2));
   y = MOE_CALL(reshape, T(y), INTS(((const int64_t[]){batch, time, heads * dim}), 3));
   c->out[0] = MOE_CALL(linear, T(y), T(m->slot[O_WEIGHT].t), maybe(m->slot[O_BIAS].t));

@@ -165,6 +165,22 @@ describe("attention", function()
       end)
     end
 
+    it("packed equals one by one: " .. text(case), function()
+      moe.manual_seed(6)
+      local m = make(case)
+      local x = moe.randn(1, 9, case.d_model, { dtype = "f64" })
+      local cu = moe.tensor({ 0, 4, 4, 5, 9 }, { dtype = "i32" })
+      local want = moe.cat({ m(x:narrow(2, 1, 4)), m(x:narrow(2, 5, 1)), m(x:narrow(2, 6, 4)) }, 2)
+      assert.close(want, m(x, nil, { cu_seqlens = cu, step = 1 }), { rtol = 1e-10, atol = 1e-12 })
+      for _, bad in ipairs { { 0, 4 }, { 1, 9 }, { 0, 5, 4, 9 }, { 0, 10 }, { 9 } } do
+        assert.has_error(function() m(x, nil, { cu_seqlens = moe.tensor(bad, { dtype = "i64" }) }) end)
+      end
+      assert.has_error(function() m(x, nil, { cu_seqlens = moe.tensor { 0, 9 } }) end)
+      assert.has_error(function() m(x, m:state(1), { cu_seqlens = cu }) end)
+      assert.has_error(function() m(moe.cat { x, x }, nil, { cu_seqlens = cu }) end)
+      assert.has_error(function() m(x, nil, { cu_seqlens = cu, attn_mask = moe.ones(9, 9) }) end)
+    end)
+
     it("with dropout of nothing equals itself: " .. text(case), function()
       moe.manual_seed(4)
       local given = { dropout = 1e-12 }

@@ -67,6 +67,16 @@ describe("lm", function()
       assert.close(whole, moe.cat(parts, 2), { rtol = 1e-9, atol = 1e-10 })
     end)
 
+    it("packed equals one by one: " .. name, function()
+      moe.manual_seed(3)
+      local m = lm(merge(SMALL, options)):to("f64"):eval()
+      local a, b = tokens "abcdefghij", tokens "jihgf"
+      local both = table.move(b, 1, #b, #a + 1, { table.unpack(a) })
+      local function ids(list) return moe.tensor({ list }, { dtype = "i64" }) end
+      local ctx = { cu_seqlens = moe.tensor({ 0, 10, 15 }, { dtype = "i64" }) }
+      assert.close(moe.cat({ m(ids(a)), m(ids(b)) }, 2), m(ids(both), ctx), { rtol = 1e-9, atol = 1e-10 })
+    end)
+
     it("generates as computing everything anew does: " .. name, function()
       moe.manual_seed(4)
       local m = lm(merge(SMALL, options)):to "f64"
