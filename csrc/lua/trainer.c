@@ -160,6 +160,13 @@ static double field_number(lua_State *L, int t, const char *name, double def) {
   return v;
 }
 
+static int64_t field_integer(lua_State *L, int t, const char *name, int64_t def) {
+  lua_getfield(L, t, name);
+  int64_t v = lua_isnil(L, -1) ? def : luaL_checkinteger(L, -1);
+  lua_pop(L, 1);
+  return v;
+}
+
 /* new(self, optimizer, calls, {accumulate, clip, autocast, eval_every, save_every}): checked by trainer.lua */
 static int trainer_new(lua_State *L) {
   luaL_checktype(L, 1, LUA_TTABLE);
@@ -174,10 +181,10 @@ static int trainer_new(lua_State *L) {
     lua_pushvalue(L, i);
     lua_setiuservalue(L, -2, i);
   }
-  t->accumulate = (int)field_number(L, 4, "accumulate", 1);
+  t->accumulate = (int)MOE_MIN(field_integer(L, 4, "accumulate", 1), (int64_t)INT32_MAX);
   t->clip = field_number(L, 4, "clip", 0);
-  t->eval_every = (int64_t)field_number(L, 4, "eval_every", 0);
-  t->save_every = (int64_t)field_number(L, 4, "save_every", 0);
+  t->eval_every = field_integer(L, 4, "eval_every", 0);
+  t->save_every = field_integer(L, 4, "save_every", 0);
   lua_getfield(L, 4, "autocast");
   t->autocast = MOE_bool;
   if (!lua_isnil(L, -1) && !moe_dtype_from_name(luaL_checkstring(L, -1), &t->autocast)) return moeL_raise(L);
