@@ -60,8 +60,11 @@ static inline __attribute__((always_inline)) void NAME(backward_rows)(const job 
         REAL xh = (x[i] - m) * r, h = with_w ? g[i] * w[i] : g[i];
         d += h * xh;
         s += h;
-        if (with_part) {
-          pw[i] += g[i] * xh;
+      }
+      if (with_part) { /* apart: a loop that both sums and stores is vectorised for long rows only */
+#pragma omp simd
+        for (int64_t i = i0; i < stop; i++) {
+          pw[i] += g[i] * ((x[i] - m) * r);
           pb[i] += g[i];
         }
       }

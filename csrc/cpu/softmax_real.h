@@ -16,13 +16,11 @@ static inline double NAME(row_exp)(REAL *restrict y, const REAL *restrict x, int
   for (int64_t i0 = 0; i0 < n; i0 += BLOCK) {
     int64_t stop = MOE_MIN(i0 + BLOCK, n);
     REAL s = 0;
-    if (y) {
+    if (y) { /* two loops: one that both stores and sums is vectorised for long rows only */
+#pragma omp simd
+      for (int64_t i = i0; i < stop; i++) y[i] = EXP(x[i] - m);
 #pragma omp simd reduction(+ : s)
-      for (int64_t i = i0; i < stop; i++) {
-        REAL e = EXP(x[i] - m);
-        y[i] = e;
-        s += e;
-      }
+      for (int64_t i = i0; i < stop; i++) s += y[i];
     } else {
 #pragma omp simd reduction(+ : s)
       for (int64_t i = i0; i < stop; i++) s += EXP(x[i] - m);

@@ -68,14 +68,21 @@ static const pair *sort_pairs(pair *a, pair *tmp, int64_t n) {
   return a;
 }
 
-/* The k smallest of n packed (rank << 32 | position), which are overwritten. */
-static inline void choose_packed(int64_t *restrict p, int64_t n, int64_t k, int64_t *at) {
-  for (int64_t c = 0; c < k; c++) {
+/* The k smallest of n packed (rank << 32 | position): all differ, so that the next is the smallest above the last. */
+static inline void choose_packed(const int64_t *restrict p, int64_t n, int64_t k, int64_t *at) {
+  int64_t last = p[0];
+#pragma omp simd reduction(min : last)
+  for (int64_t i = 1; i < n; i++) last = p[i] < last ? p[i] : last;
+  at[0] = (int64_t)(uint32_t)last;
+  for (int64_t c = 1; c < k; c++) {
     int64_t m = INT64_MAX;
 #pragma omp simd reduction(min : m)
-    for (int64_t i = 0; i < n; i++) m = p[i] < m ? p[i] : m;
+    for (int64_t i = 0; i < n; i++) {
+      int64_t v = p[i] > last ? p[i] : INT64_MAX;
+      m = v < m ? v : m;
+    }
+    last = m;
     at[c] = (int64_t)(uint32_t)m;
-    p[at[c]] = INT64_MAX;
   }
 }
 
