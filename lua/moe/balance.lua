@@ -2,7 +2,7 @@
 -- 1 x its coefficient when the load is even (z and importance: 0).
 --
 -- Anything that answers loss(routing, ctx, state) will do, a plain function too; nil means "nothing to add". `state` is a
--- table that belongs to the layer. One with a field `observe` (routing, ctx, state) sees every first training
+-- table that belongs to the layer; `start` (state, num_experts) fills it once. One with a field `observe` (routing, ctx, state) sees every first training
 -- forward, and one with `after_step` (layer, state) is called once an optimizer step: see selection_bias.
 
 local core = require "moe.core"
@@ -101,21 +101,25 @@ Bias.__index = Bias
 Bias.__call = function() return nil end
 Bias.__tostring = function(self) return ("moe.loss.selection_bias(%s)"):format(tostring(self.rate)) end
 
+function Bias.start(_, state, num_experts)
+  state.count, state.seen, state.steps = core.zeros({ num_experts }, { dtype = "i64" }), false, 0
+end
+
 function Bias.observe(_, routing, _, state)
-  local demand = routing:demand()
-  state.count = state.count and state.count + demand or demand
+  state.count:add_(routing:demand())
+  state.seen = true
 end
 
 function Bias:after_step(layer, state)
-  local count = state.count
-  if count == nil then return end
-  state.count = nil
-  state.steps = (state.steps or 0) + 1
+  if not state.seen then return end
+  state.seen = false
+  state.steps = state.steps + 1
   local rate = self.rate
   if type(rate) ~= "number" then rate = rate(state.steps) end
   core.no_grad(function()
-    local load = count:to "f32"
+    local load = state.count:to "f32"
     layer.router.expert_bias:add_((load:mean() - load):sign() * rate)
+    state.count:mul_(0)
   end)
 end
 

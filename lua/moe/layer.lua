@@ -64,6 +64,7 @@ function Layer:init(given)
   for i, loss in ipairs(losses) do
     if not callable(loss) then fail("balance[%d] must be a function (routing, ctx), got a %s", i, type(loss)) end
     self._state[i] = {}
+    if type(loss) == "table" and loss.start then loss:start(self._state[i], o.num_experts) end
     if type(loss) == "table" and loss.name == "selection_bias" then sizes.selection_bias = true end
   end
   self._options = o
@@ -78,6 +79,8 @@ function Layer:init(given)
     if o.shared_combine == "gate" then self.shared_gate = dense_parameter(o, 1) end
     if o.shared_combine == "residual" then self.coefficient = dense_parameter(o, 2) end
   end
+  -- made here and written in place: what a forward inside moe.scope makes does not outlive it
+  self._load = core.zeros({ o.num_experts }, { dtype = "i64" })
   self:reset_stats()
 end
 
@@ -128,8 +131,7 @@ local function account(self, routing, ctx)
   end
   if not again then
     local s = self._stats
-    local load = routing:load()
-    s.load = s.load and s.load + load or load
+    self._load:add_(routing:load())
     s.forwards = s.forwards + 1
     s.tokens = s.tokens + routing.num_tokens
     s.assignments = s.assignments + routing.num_assignments
@@ -202,7 +204,7 @@ function Layer:stats(given)
   local o = options.read("stats", given, { reset = { "boolean", false } })
   local s = self._stats
   local out = { forwards = s.forwards, tokens = s.tokens, assignments = s.assignments, dropped = s.dropped, masked = s.masked }
-  local load = s.load and s.load:totable() or {}
+  local load = self._load:totable()
   local total, most, dead, entropy = 0, 0, 0, 0.0
   for _, n in ipairs(load) do
     total = total + n
@@ -219,6 +221,7 @@ function Layer:stats(given)
 end
 
 function Layer:reset_stats()
+  self._load:mul_(0)
   self._stats = { forwards = 0, tokens = 0, assignments = 0, dropped = 0, masked = 0 }
 end
 

@@ -93,6 +93,27 @@ bench_memory() {
   done
 }
 
+bench_moe_layer() {
+  local sizes commands
+  for sizes in "2048 512 1024 16 2" "2048 512 512 64 8"; do
+    commands=("exec $LUA spec/bench/moe_layer.lua $sizes")
+    [ -n "$python" ] && commands+=("exec $python spec/bench/moe_layer_torch.py $sizes")
+    in_turns 6 4 "${commands[@]}"
+    set -- $sizes ${answer[0]} ${answer[1]:-- - -}
+    awk -v t="$1" -v d="$2" -v h="$3" -v e="$4" -v k="$5" -v both="$6" -v fwd="$7" -v blas="$8" -v tboth="$9" -v tfwd="${10}" -v tblas="${11}" '
+      BEGIN {
+        work = 6 * t * k * d * h / 1e6
+        printf "MoE layer (tokens %d, d %d, hidden %d, experts %d, k %d), least of 24, two threads\n", t, d, h, e, k
+        printf "  forward + backward  ours %.1f ms, %.0f GFLOP/s, %.1f %% of sgemm at 1024 (%.0f GFLOP/s)\n", both, 3 * work / both, 300 * work / both / blas, blas
+        printf "  forward             ours %.1f ms, %.1f %% of sgemm\n", fwd, 100 * work / fwd / blas
+        if (tboth + 0 > 0) {
+          printf "  torch               forward + backward %.1f ms, forward %.1f ms (its product at 1024: %.0f GFLOP/s)\n", tboth, tfwd, tblas
+          printf "  torch / ours        forward + backward %.2f, forward %.2f\n", tboth / both, tfwd / fwd
+        }
+      }'
+  done
+}
+
 bench_makemoe() {
   echo "makeMoE's setting, 5000 steps"
   "$LUA" spec/bench/makemoe.lua "$data/tinyshakespeare.txt"
