@@ -203,6 +203,15 @@ static bool is_options(lua_State *L, int idx) {
   return named;
 }
 
+static bool is_empty(lua_State *L, int idx) {
+  lua_pushnil(L);
+  if (!lua_next(L, idx)) return true;
+  lua_pop(L, 2);
+  return false;
+}
+
+static bool takes_table(moe_kind k) { return is_list_kind(k) || k == MOE_K_tensors || k == MOE_K_index; }
+
 static void read_options(lua_State *L, const char *fname, const moe_signature *sig, int table, moe_value *v, const bool *given) {
   lua_pushnil(L);
   while (lua_next(L, table)) {
@@ -243,11 +252,12 @@ void moeL_readargs(lua_State *L, const char *fname, const moe_signature *sig, in
   int last = options ? top - 1 : top;
   for (int a = first; a <= last; i++) {
     if (i == n) {
-      if (a == last && lua_type(L, a) == LUA_TTABLE && lua_rawlen(L, a) == 0) break; /* empty options */
+      if (a == last && lua_type(L, a) == LUA_TTABLE && is_empty(L, a)) break; /* empty options */
       luaL_error(L, "%s: takes at most %d arguments, got %d", fname, n, last - first + 1);
     }
     const moe_param *p = &sig->param[i];
     reader r = {L, fname, p};
+    if (a == last && lua_type(L, a) == LUA_TTABLE && !takes_table(p->kind) && is_empty(L, a)) break; /* empty options */
     if (lua_isnil(L, a)) {
       a++;
       continue;

@@ -128,6 +128,24 @@ static int with_grad(lua_State *L, bool off, const char *fname) {
 static int core_no_grad(lua_State *L) { return with_grad(L, true, "no_grad"); }
 static int core_enable_grad(lua_State *L) { return with_grad(L, false, "enable_grad"); }
 
+/* core.autocast(dtype, f, ...): rows marked MOE_F_AUTOCAST take their f32 arguments in that type; nil switches it off. */
+static int core_autocast(lua_State *L) {
+  moe_dtype dt = MOE_bool;
+  if (!lua_isnil(L, 1)) {
+    const char *s = lua_type(L, 1) == LUA_TSTRING ? lua_tostring(L, 1) : "";
+    if (!moe_dtype_from_name(s, &dt) || (dt != MOE_bf16 && dt != MOE_f16 && dt != MOE_f32))
+      return luaL_error(L, "autocast: argument 1 (dtype) must be \"bf16\", \"f16\", \"f32\" or nil, got %s", moeL_describe(L, 1));
+  }
+  if (lua_type(L, 2) != LUA_TFUNCTION) return moeL_argerror(L, "autocast", 2, "f", "a function");
+  moe_env *env = &moeL_context(L)->env;
+  int old = env->autocast;
+  env->autocast = dt == MOE_f32 ? 0 : (int)dt;
+  int st = lua_pcall(L, lua_gettop(L) - 2, LUA_MULTRET, 0);
+  env->autocast = old;
+  if (st != LUA_OK) return lua_error(L);
+  return lua_gettop(L) - 1;
+}
+
 static int core_is_grad_enabled(lua_State *L) {
   lua_pushboolean(L, !moeL_context(L)->env.grad_off);
   return 1;
@@ -304,7 +322,7 @@ static int tensor_remove_hook(lua_State *L) {
 void moeL_open_autograd(lua_State *L) {
   static const luaL_Reg fns[] = {{"backward", core_backward},       {"grad", core_grad},
                                  {"no_grad", core_no_grad},         {"enable_grad", core_enable_grad},
-                                 {"is_grad_enabled", core_is_grad_enabled}, {"record", core_record},
+                                 {"is_grad_enabled", core_is_grad_enabled}, {"record", core_record}, {"autocast", core_autocast},
                                  {NULL, NULL}};
   static const luaL_Reg methods[] = {{"backward", core_backward},
                                      {"register_hook", tensor_register_hook},

@@ -5,26 +5,17 @@
 ** User value 1 of a module is a table slot name -> tensor box, so that m.weight is one and the same userdata
 ** each time and what hangs on it (hooks, anchors) lives as long as the module.
 */
-#include <stdio.h>
 #include <string.h>
 
-#include "lua/lmoe.h"
-#include "nn/init.h"
-#include "nn/module.h"
+#include "lua/lmodule.h"
 
-#define MOEL_MODULE "moe.Module"
-
-typedef struct moeL_module {
-  moe_module *m; /* NULL: half built */
-} moeL_module;
-
-static moe_module *to_module(lua_State *L, int idx) {
+moe_module *moeL_tomodule(lua_State *L, int idx) {
   moeL_module *box = luaL_testudata(L, idx, MOEL_MODULE);
   return box ? box->m : NULL;
 }
 
-static moe_module *check_module(lua_State *L, int idx, const char *fname) {
-  moe_module *m = to_module(L, idx);
+moe_module *moeL_checkmodule(lua_State *L, int idx, const char *fname) {
+  moe_module *m = moeL_tomodule(L, idx);
   if (m == NULL) luaL_error(L, "%s: argument %d must be a module, got %s", fname, idx, moeL_describe(L, idx));
   return m;
 }
@@ -32,7 +23,7 @@ static moe_module *check_module(lua_State *L, int idx, const char *fname) {
 /* --- parts --- */
 
 /* Pushes the one box of slot i, or nil where the layer does not have it. */
-static void push_slot(lua_State *L, int idx, moe_module *m, int i) {
+void moeL_pushslot(lua_State *L, int idx, moe_module *m, int i) {
   const moe_slot *s = &m->slot[i];
   if (s->t == NULL) {
     lua_pushnil(L);
@@ -139,14 +130,14 @@ static bool push_part(lua_State *L, const moe_module *m, const char *key) {
 /* --- fields; upvalue 2: the methods --- */
 
 static int module_index(lua_State *L) {
-  moe_module *m = check_module(L, 1, "module");
+  moe_module *m = moeL_checkmodule(L, 1, "module");
   lua_pushvalue(L, 2);
   if (lua_rawget(L, lua_upvalueindex(2)) != LUA_TNIL) return 1;
   if (lua_type(L, 2) != LUA_TSTRING) return 1;
   const char *key = lua_tostring(L, 2);
   int i = find_slot(m, key);
   if (i >= 0) {
-    push_slot(L, 1, m, i);
+    moeL_pushslot(L, 1, m, i);
   } else if (strcmp(key, "training") == 0) {
     lua_pushboolean(L, m->training);
   } else if (strcmp(key, "dtype") == 0) {
@@ -185,7 +176,7 @@ static int set_option(lua_State *L, moe_module *m, const moe_param *p, moe_value
 }
 
 static int module_newindex(lua_State *L) {
-  moe_module *m = check_module(L, 1, "module");
+  moe_module *m = moeL_checkmodule(L, 1, "module");
   const char *key = lua_type(L, 2) == LUA_TSTRING ? lua_tostring(L, 2) : NULL;
   if (key == NULL) return luaL_error(L, "%s: a field's name must be a string, got %s", m->cls->name, moeL_describe(L, 2));
   int i = find_slot(m, key);
@@ -268,7 +259,7 @@ static void read(lua_State *L, const char *fname, const moe_signature *sig, int 
 }
 
 static int module_call(lua_State *L) {
-  moe_module *m = check_module(L, 1, "module");
+  moe_module *m = moeL_checkmodule(L, 1, "module");
   const moe_module_class *cls = m->cls;
   const moe_signature *sig = moe_module_call_signature(cls);
   moe_module_call c = {.base = 1};
@@ -280,7 +271,7 @@ static int module_call(lua_State *L) {
   c.arg = arg;
   luaL_checkstack(L, MOE_MODULE_SLOTS + MOE_MODULE_RESULTS + MOE_MODULE_STATE + 4, cls->name);
   for (int i = 0; i < m->nslots; i++) /* gradient hooks on parameters */
-    if (m->slot[i].t != NULL && m->slot[i].t->carries_lua) push_slot(L, first - 1, m, i);
+    if (m->slot[i].t != NULL && m->slot[i].t->carries_lua) moeL_pushslot(L, first - 1, m, i);
   int out = lua_gettop(L) + 1;
   for (int i = 0; i < nresults; i++) moeL_box(L);
   char name[24];
@@ -312,7 +303,7 @@ static int module_call(lua_State *L) {
 
 /* m:state(batch) -> the empty state of a mixer */
 static int module_state(lua_State *L) {
-  moe_module *m = check_module(L, 1, "state");
+  moe_module *m = moeL_checkmodule(L, 1, "state");
   if (m->cls->start == NULL) return luaL_error(L, "%s: this layer has no state", m->cls->name);
   int isint;
   lua_Integer batch = luaL_opt(L, lua_tointeger, 2, 1);
@@ -351,7 +342,7 @@ static bool is_default(const moe_param *p, const moe_value *v) {
   return p->kind == MOE_K_number ? v->f == p->def.f : p->kind != MOE_K_string && v->i == p->def.i;
 }
 
-static void push_head(lua_State *L, const moe_module *m) {
+void moeL_pushhead(lua_State *L, const moe_module *m) {
   const moe_signature *sig = moe_module_options(m->cls);
   lua_pushfstring(L, "%s(", m->cls->name);
   const char *sep = "";
@@ -382,13 +373,8 @@ static void push_head(lua_State *L, const moe_module *m) {
   lua_concat(L, 2);
 }
 
-static int module_head(lua_State *L) {
-  push_head(L, check_module(L, 1, "describe"));
-  return 1;
-}
-
 static int module_tostring(lua_State *L) {
-  moe_module *m = to_module(L, 1);
+  moe_module *m = moeL_tomodule(L, 1);
   if (m == NULL) {
     lua_pushliteral(L, "moe.Module (empty)");
     return 1;
@@ -396,7 +382,7 @@ static int module_tostring(lua_State *L) {
   int64_t n = 0;
   for (int i = 0; i < m->nslots; i++)
     if (m->slot[i].t && m->slot[i].t->tag & MOE_TAG_PARAMETER) n += moe_numel(m->slot[i].t);
-  push_head(L, m);
+  moeL_pushhead(L, m);
   if (n > 0) {
     lua_pushfstring(L, " %I parameter%s", (LUAI_UACINT)n, n == 1 ? "" : "s");
     lua_concat(L, 2);
@@ -435,145 +421,10 @@ static int module_new(lua_State *L) {
   return moeL_leave(L, &f, box->m ? MOE_OK : moe_error_code(), 1);
 }
 
-/* --- core._module: what the protocol in Lua stands on --- */
-
-static int is_module(lua_State *L) {
-  lua_pushboolean(L, to_module(L, 1) != NULL);
-  return 1;
-}
-
-static int is_tensor(lua_State *L) {
-  lua_pushboolean(L, moeL_totensor(L, 1) != NULL);
-  return 1;
-}
-
-/* entries(m) -> {name, tensor, name, tensor, ...} of the parts that are there */
-static int entries(lua_State *L) {
-  moe_module *m = check_module(L, 1, "entries");
-  lua_createtable(L, 2 * m->nslots, 0);
-  lua_Integer n = 0;
-  for (int i = 0; i < m->nslots; i++) {
-    if (m->slot[i].t == NULL) continue;
-    lua_pushstring(L, m->slot[i].name);
-    lua_rawseti(L, -2, ++n);
-    push_slot(L, 1, m, i);
-    lua_rawseti(L, -2, ++n);
-  }
-  return 1;
-}
-
-/* info(tensor) -> tag, is a leaf, requires a gradient, number of elements, identity */
-static int tensor_info(lua_State *L) {
-  moe_tensor *t = moeL_checktensor(L, 1, "module");
-  lua_pushinteger(L, t->tag);
-  lua_pushboolean(L, t->node == NULL);
-  lua_pushboolean(L, t->requires_grad);
-  lua_pushinteger(L, moe_numel(t));
-  lua_pushlightuserdata(L, t);
-  return 5;
-}
-
-static int set_tag(lua_State *L) {
-  moe_tensor *t = moeL_checktensor(L, 1, "module");
-  t->tag = (uint8_t)luaL_checkinteger(L, 2);
-  return 0;
-}
-
-/* mark(leaf, flag): whether a leaf wants a gradient */
-static int set_requires_grad(lua_State *L) {
-  moe_tensor *t = moeL_checktensor(L, 1, "module");
-  if (t->node != NULL) return luaL_error(L, "module: the tensor is the result of a recorded call, not a leaf");
-  t->requires_grad = lua_toboolean(L, 2);
-  return 0;
-}
-
-static int drop_grad(lua_State *L) {
-  moe_tensor *t = moeL_checktensor(L, 1, "zero_grad");
-  moe_tensor *g = t->grad;
-  t->grad = NULL;
-  moe_release(g);
-  return 0;
-}
-
-/* assign(parameter, values): copies, converted; without history */
-static int assign(lua_State *L) {
-  moe_tensor *dst = moeL_checktensor(L, 1, "load_state_dict"), *src = moeL_checktensor(L, 2, "load_state_dict");
-  moeL_frame f;
-  moeL_enter(L, &f);
-  moe_status st = MOE_OK;
-  char a[MOE_SHAPE_TEXT], b[MOE_SHAPE_TEXT];
-  if (!moe_same_shape(dst, src))
-    st = moe_fail(MOE_EINVAL, "load_state_dict: the parameter is %s, the value %s", moe_shape_of(a, dst),
-                  moe_shape_of(b, src));
-  else st = moe_copy(dst, src);
-  return moeL_leave(L, &f, st, 0);
-}
-
-/* convert(tensor or C layer, "bf16" or "cuda:0", ...): in place */
-static int convert(lua_State *L) {
-  moe_module *m = to_module(L, 1);
-  moe_tensor *t = m ? NULL : moeL_checktensor(L, 1, "to");
-  int dtype = -1;
-  moe_device *dev = NULL;
-  for (int i = 2; i <= lua_gettop(L); i++) {
-    if (lua_isnil(L, i)) continue;
-    if (lua_type(L, i) != LUA_TSTRING)
-      return luaL_error(L, "to: a type (\"bf16\") or a device (\"cuda\") was wanted, got %s", moeL_describe(L, i));
-    moe_dtype dt;
-    if (moe_dtype_from_name(lua_tostring(L, i), &dt)) dtype = dt;
-    else if ((dev = moe_device_find(lua_tostring(L, i))) == NULL) return moeL_raise(L);
-  }
-  if (dtype >= 0 && !moe_dtype_is_float((moe_dtype)dtype))
-    return luaL_error(L, "to: a module takes a floating type, got %s", moe_dtype_name((moe_dtype)dtype));
-  moeL_frame f;
-  moeL_enter(L, &f);
-  return moeL_leave(L, &f, m ? moe_module_to(m, dtype, dev) : moe_leaf_to(t, dtype, dev), 0);
-}
-
-/* initialise(tensor, "normal", number, ...) or initialise(tensor, "normal(0.02)"); returns the tensor */
-static int initialise(lua_State *L) {
-  moe_tensor *t = moeL_checktensor(L, 1, "init");
-  const char *name = luaL_checkstring(L, 2);
-  int n = lua_gettop(L) - 2;
-  char text[256];
-  int used = snprintf(text, sizeof text, "%s", name);
-  for (int i = 0; i < n && used > 0 && used < (int)sizeof text; i++) {
-    if (lua_type(L, 3 + i) != LUA_TNUMBER)
-      return luaL_error(L, "init.%s_: argument %d must be a number, got %s", name, i + 2, moeL_describe(L, 3 + i));
-    used += snprintf(text + used, sizeof text - (size_t)used, "%s%.17g", i ? "," : "(", lua_tonumber(L, 3 + i));
-  }
-  if (n > 0 && used > 0 && used < (int)sizeof text)
-    used += snprintf(text + used, sizeof text - (size_t)used, ")");
-  if (used < 0 || used >= (int)sizeof text) return luaL_error(L, "init: the name is too long");
-  lua_settop(L, 1);
-  moeL_frame f;
-  moeL_enter(L, &f);
-  return moeL_leave(L, &f, moe_init_named(t, text), 1);
-}
-
-/* nearest(name, {known names}) -> the known name nearest to it, or nil */
-static int nearest(lua_State *L) {
-  enum { MOST = 128 };
-  const char *names[MOST + 1];
-  int n = 0;
-  const char *key = luaL_checkstring(L, 1);
-  luaL_checktype(L, 2, LUA_TTABLE);
-  luaL_checkstack(L, MOST + 4, "nearest");
-  for (lua_Integer i = 1; n < MOST && lua_rawgeti(L, 2, i) == LUA_TSTRING; i++) names[n++] = lua_tostring(L, -1);
-  names[n] = NULL;
-  lua_pushstring(L, moeL_nearest(key, names));
-  return 1;
-}
-
 static const luaL_Reg metamethods[] = {
   {"__call", module_call}, {"__tostring", module_tostring}, {"__gc", module_gc}, {NULL, NULL}};
 
 static const luaL_Reg methods[] = {{"forward", module_call}, {"state", module_state}, {NULL, NULL}};
-
-static const luaL_Reg functions[] = {
-  {"is", is_module},     {"is_tensor", is_tensor}, {"entries", entries}, {"info", tensor_info}, {"set_tag", set_tag},
-  {"head", module_head}, {"drop_grad", drop_grad}, {"assign", assign},     {"convert", convert},
-  {"mark", set_requires_grad}, {"initialise", initialise}, {"nearest", nearest}, {NULL, NULL}};
 
 /* core._module.make[group][name](options) */
 static void push_constructors(lua_State *L) {
@@ -608,20 +459,6 @@ static int list_rows(lua_State *L) {
   return 1;
 }
 
-static void push_initialisers(lua_State *L) {
-  lua_createtable(L, moe_initialiser_count, 0);
-  for (int i = 0; i < moe_initialiser_count; i++) {
-    lua_createtable(L, 0, 3);
-    lua_pushstring(L, moe_initialisers[i].name);
-    lua_setfield(L, -2, "name");
-    lua_pushstring(L, moe_initialisers[i].args);
-    lua_setfield(L, -2, "args");
-    lua_pushstring(L, moe_initialisers[i].doc);
-    lua_setfield(L, -2, "doc");
-    lua_rawseti(L, -2, i + 1);
-  }
-}
-
 void moeL_open_module(lua_State *L) {
   luaL_newmetatable(L, MOEL_MODULE);
   moeL_setfuncs(L, metamethods);
@@ -638,14 +475,11 @@ void moeL_open_module(lua_State *L) {
   lua_pushvalue(L, -1);
   lua_setfield(L, -3, "__metatable");
 
-  lua_newtable(L);
-  moeL_setfuncs(L, functions);
+  moeL_open_protocol(L); /* core, metatable, methods, core._module */
   lua_insert(L, -2);
   lua_setfield(L, -2, "methods");
   push_constructors(L);
   lua_setfield(L, -2, "make");
-  push_initialisers(L);
-  lua_setfield(L, -2, "initialisers");
   lua_setfield(L, -3, "_module");
   lua_pop(L, 1);
   lua_pushcfunction(L, list_rows);

@@ -8,8 +8,10 @@
 
 static const char context_key = 'c', callback_key = 'e';
 
-/* Collections start when live bytes pass this, or twice what lived after the last one. */
-static const int64_t collect_floor = (int64_t)256 << 20;
+/* A full collection runs at a call's entry when live tensor bytes pass twice what lived after the last one, and at least
+** `slack` more. Little slack keeps a loop's memory small and warm in the cache; so slack starts low, doubles when
+** collecting takes more than a twentieth of the time (a large Lua heap), and falls again when it takes far less. */
+static const int64_t least_slack = (int64_t)32 << 20, most_slack = (int64_t)1 << 30;
 
 moeL_ctx *moeL_context(lua_State *L) {
   lua_rawgetp(L, LUA_REGISTRYINDEX, &context_key);
@@ -25,20 +27,28 @@ void moeL_setfuncs(lua_State *L, const luaL_Reg *l) {
 
 /* --- entry and exit --- */
 
-static void collect(lua_State *L, moeL_ctx *c, int64_t live) {
-  if (live <= c->collect_at) return;
+static double now(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+static void collect(lua_State *L, moeL_ctx *c) {
+  double start = now(), since = start - c->collected_at;
   lua_gc(L, LUA_GCCOLLECT, 0);
-  moe_memory_info after;
-  moe_memory(moe_cpu(), &after);
-  c->collect_at = MOE_MAX(collect_floor, 2 * after.live);
+  c->collected_at = now();
+  double took = c->collected_at - start;
+  if (took > since * 0.05) c->slack = MOE_MIN(c->slack * 2, most_slack);
+  else if (took < since * 0.01) c->slack = MOE_MAX(c->slack / 2, least_slack);
+  int64_t live = moe_memory_live(moe_cpu());
+  c->collect_at = live + MOE_MAX(c->slack, live);
   c->collections++;
 }
 
 void moeL_enter(lua_State *L, moeL_frame *f) {
   moeL_ctx *c = lua_touserdata(L, lua_upvalueindex(1));
   if (c == NULL) c = moeL_context(L);
-  int64_t live = moe_memory_live(moe_cpu());
-  if (live > c->collect_at) collect(L, c, live);
+  if (moe_memory_live(moe_cpu()) > c->collect_at) collect(L, c);
   f->ctx = c;
   f->outer = moe_env_set(&c->env);
   f->outer_host = c->env.host;
@@ -176,9 +186,7 @@ static int core_set_rng_state(lua_State *L) {
 }
 
 static int core_clock(lua_State *L) {
-  struct timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  lua_pushnumber(L, (lua_Number)t.tv_sec + (lua_Number)t.tv_nsec * 1e-9);
+  lua_pushnumber(L, now());
   return 1;
 }
 
@@ -265,7 +273,8 @@ int luaopen_moe_core(lua_State *L) {
     moeL_ctx *c = lua_newuserdatauv(L, sizeof *c, 0);
     memset(c, 0, sizeof *c);
     c->env.rng.seed = 0x6d6f65;
-    c->collect_at = collect_floor;
+    c->slack = least_slack;
+    c->collect_at = moe_memory_live(moe_cpu()) + c->slack;
     lua_rawsetp(L, LUA_REGISTRYINDEX, &context_key);
     lua_pushboolean(L, 0); /* the place of a callback's error: there from now on, so that keeping one needs no memory */
     lua_rawsetp(L, LUA_REGISTRYINDEX, &callback_key);

@@ -150,7 +150,7 @@ static int core_ops(lua_State *L) {
 void moeL_open_ops(lua_State *L) {
   static const struct {
     const char *event, *op;
-  } meta[] = {{"__add", "add"}, {"__sub", "sub"}, {"__mul", "mul"}, {"__div", "div"}, {"__pow", "pow"}, {"__mod", "remainder"}, {"__unm", "neg"}};
+  } meta[] = {{"__add", "add"}, {"__sub", "sub"}, {"__mul", "mul"}, {"__div", "div"}, {"__pow", "pow"}, {"__mod", "remainder"}, {"__idiv", "floor_divide"}, {"__unm", "neg"}};
   static const luaL_Reg fns[] = {{"ops", core_ops}, {NULL, NULL}};
   moeL_setfuncs(L, fns);
   luaL_getmetatable(L, MOEL_TENSOR);

@@ -153,6 +153,28 @@ static moe_status check_differentiable(moe_ctx *c) {
   return MOE_OK;
 }
 
+/* moe.autocast: recorded casts go before the call, so that gradients come back in the arguments' own type. */
+static bool has_f32(const moe_value *v, int n) {
+  for (int i = 0; i < n; i++)
+    if (v[i].kind == MOE_K_tensor && v[i].t->dtype == MOE_f32) return true;
+  return false;
+}
+
+static moe_status call_autocast(const moe_op *op, int base, bool inplace, moe_value *v, int n, moe_tensor **outs, int *nouts,
+                                moe_dtype dtype) {
+  for (int i = inplace; i < n; i++)
+    if (v[i].kind == MOE_K_tensor && v[i].t->dtype == MOE_f32) {
+      v[i].t = MOE_CALL(cast, T(v[i].t), I(dtype));
+      if (v[i].t == NULL) return moe_error_code();
+    }
+  moe_env *env = moe_env_now();
+  int outer = env->autocast;
+  env->autocast = 0;
+  moe_status st = moe_call(op, base, inplace, v, n, outs, nouts);
+  env->autocast = outer;
+  return st;
+}
+
 moe_status moe_call(const moe_op *op, int base, bool inplace, const moe_value *args, int nargs, moe_tensor **outs, int *nouts) {
   const moe_signature *sig = moe_op_signature(op);
   moe_value full[MOE_MAX_PARAM];
@@ -197,6 +219,8 @@ moe_status moe_call(const moe_op *op, int base, bool inplace, const moe_value *a
     }
   }
   moe_env *env = moe_env_now();
+  if (env->autocast && (op->flags & MOE_F_AUTOCAST) && has_f32(full, sig->nparams))
+    return call_autocast(op, base, inplace, full, sig->nparams, outs, nouts, (moe_dtype)env->autocast);
   bool recording = wants && !env->grad_off;
   c.record = recording && op->backward != NULL;
   if (inplace) {

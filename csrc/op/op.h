@@ -51,6 +51,7 @@ enum {
   MOE_F_RANDOM = 16,  /* draws from the generator */
   MOE_F_NOCHECK = 32, /* the automatic gradient check does not apply (a spec of its own covers it) */
   MOE_F_METHOD = 64,  /* method only, no moe.name */
+  MOE_F_AUTOCAST = 256, /* under moe.autocast its f32 arguments are taken in the type asked for */
   MOE_F_COMPOSED = 128 /* the forward is made of recorded calls: its results bring their own history; backward is `none` */
 };
 

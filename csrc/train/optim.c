@@ -51,19 +51,19 @@ static int sgd_states(const double *v) { return v[SGD_MOMENTUM] != 0; }
 const moe_optim_class moe_optims[] = {
     {"adamw",
      {"exp_avg", "exp_avg_sq"},
-     {{"lr", 1, false, {1e-3}, 0, INFINITY},
+     {{"lr", 1, false, {1e-3}, 0, HUGE_VAL},
       {"betas", 2, false, {0.9, 0.999}, 0, 1},
-      {"eps", 1, false, {1e-8}, 0, INFINITY},
-      {"weight_decay", 1, false, {0.01}, 0, INFINITY}},
+      {"eps", 1, false, {1e-8}, 0, HUGE_VAL},
+      {"weight_decay", 1, false, {0.01}, 0, HUGE_VAL}},
      adamw_kernel, adamw_hyper, NULL, NULL,
      "Adam with decoupled weight decay (Loshchilov and Hutter 2019), step for step as PyTorch's AdamW"},
     {"sgd",
      {"momentum_buffer"},
-     {{"lr", 1, false, {1e-3}, 0, INFINITY},
-      {"momentum", 1, false, {0}, 0, INFINITY},
-      {"dampening", 1, false, {0}, -INFINITY, INFINITY},
+     {{"lr", 1, false, {1e-3}, 0, HUGE_VAL},
+      {"momentum", 1, false, {0}, 0, HUGE_VAL},
+      {"dampening", 1, false, {0}, -HUGE_VAL, HUGE_VAL},
       {"nesterov", 1, true, {0}, 0, 2},
-      {"weight_decay", 1, false, {0}, 0, INFINITY}},
+      {"weight_decay", 1, false, {0}, 0, HUGE_VAL}},
      sgd_kernel, sgd_hyper, sgd_check, sgd_states,
      "stochastic gradient descent with momentum, as PyTorch's SGD (weight_decay is an L2 penalty)"},
 };
@@ -185,6 +185,18 @@ typedef struct job {
   moe_tensor *g;    /* scoped */
 } job;
 
+/* Is the master copy still what the parameter was rounded from? A write from outside that puts the same rounded values
+** there (a checkpoint being loaded) does not count. */
+static bool master_holds(const moe_optim_param *p) {
+  moe_tensor *t = p->t, *m = p->master;
+  if (m == NULL || moe_dev(m) != moe_dev(t)) return false;
+  if (p->seen == t->storage->version) return true;
+  if (!moe_dev(t)->host_memory) return false;
+  moe_tensor *rounded = moe_dense(m, t->dtype), *now = moe_contiguous_raw(t);
+  int64_t bytes = moe_numel(t) * moe_dtype_size(t->dtype);
+  return rounded && now && (bytes == 0 || memcmp(moe_data(rounded), moe_data(now), (size_t)bytes) == 0);
+}
+
 static moe_status prepare(const moe_optim *o, moe_optim_param *p, job *j) {
   moe_tensor *t = p->t;
   moe_dtype dt = state_type(t);
@@ -210,7 +222,7 @@ static moe_status prepare(const moe_optim *o, moe_optim_param *p, job *j) {
     p->master = NULL;
     j->work = moe_contiguous_raw(t);
   } else {
-    if (p->master == NULL || p->seen != t->storage->version || moe_dev(p->master) != moe_dev(t)) {
+    if (!master_holds(p)) {
       moe_tensor *m = moe_dense(t, dt);
       if (m == NULL) return moe_error_code();
       moe_release(p->master);

@@ -4,9 +4,17 @@
 
 local core = require "moe.core"
 
+-- For the library's own files and its specs; reached through moe.core.
+local internal <const> = { ops = true, modules = true, record = true, fail_after = true, scope = true, autocast = true }
+
 local M = { _VERSION = "moe 0.1.0" }
-for name, value in pairs(core) do M[name] = value end
+for name, value in pairs(core) do
+  if not internal[name] and name:sub(1, 1) ~= "_" then M[name] = value end
+end
 M.core = core
+
+--- Stands for a new dimension of size 1 inside of an index: `x[{ {}, moe.newaxis }]`.
+M.newaxis = "newaxis"
 
 --- Submodules, loaded on first use.
 local submodules <const> = {
@@ -20,6 +28,12 @@ local submodules <const> = {
 -- Needs no collector: useful in a loop of one's own that makes large temporaries.
 function M.scope(f, ...)
   return core.scope(f, ...)
+end
+
+--- Runs `f(...)` with matrix products in another float type: `moe.autocast("bf16", f, ...)`.
+-- Weights stay as they are and receive gradients of their own type; sums inside of a product are made in f32.
+function M.autocast(dtype, f, ...)
+  return core.autocast(dtype, f, ...)
 end
 
 --- A differentiable function made of Lua closures.
