@@ -10,7 +10,8 @@ enum { QKV_WEIGHT, QKV_BIAS, O_WEIGHT, O_BIAS, Q_NORM, K_NORM }; /* slots */
 enum { HEADS, KV_HEADS, HEAD_DIM, CAUSAL, ROPE };                /* data */
 enum { K, V };                                                   /* state: [batch, kv heads, time, head_dim] */
 
-static moe_status projection(moe_module *m, const char *weight, const char *bias, bool with_bias, int64_t out, int64_t in) {
+static moe_status projection(moe_module *m, const char *weight, const char *bias, bool with_bias, int64_t out,
+                             int64_t in) {
   const char *init = moe_module_string(m, "init");
   moe_tensor *w = moe_module_parameter(m, weight, 2, (const int64_t[]){out, in});
   if (w == NULL) return moe_error_code();
@@ -101,7 +102,8 @@ static moe_tensor *causal_mask(int64_t t, int64_t s, moe_device *dev) {
 }
 
 /* Attention whose weights drop out: made of plain operations, the scores of a whole batch at once. */
-static moe_tensor *attention_dropout(moe_tensor *q, moe_tensor *k, moe_tensor *v, moe_tensor *mask, bool causal, double p) {
+static moe_tensor *attention_dropout(moe_tensor *q, moe_tensor *k, moe_tensor *v, moe_tensor *mask, bool causal,
+                                     double p) {
   if (q == NULL || k == NULL || v == NULL) return NULL;
   int64_t batch = q->shape[0], heads = q->shape[1], kv = k->shape[1], s = k->shape[2], d = q->shape[3];
   if (heads != kv) { /* every head its own copy */
@@ -132,7 +134,8 @@ static moe_tensor *attention_dropout(moe_tensor *q, moe_tensor *k, moe_tensor *v
 static moe_tensor *read_lengths(const moe_module *m, moe_tensor *cu, int64_t batch, int64_t time, bool stateful) {
   char got[MOE_SHAPE_TEXT];
   if (cu->ndim != 1 || cu->shape[0] < 1 || moe_dtype_is_float(cu->dtype)) {
-    moe_module_fail(m, "cu_seqlens must be integers [sequences + 1], got %s %s", moe_dtype_name(cu->dtype), moe_shape_of(got, cu));
+    moe_module_fail(m, "cu_seqlens must be integers [sequences + 1], got %s %s", moe_dtype_name(cu->dtype),
+                    moe_shape_of(got, cu));
     return NULL;
   }
   if (batch != 1 || stateful) {
@@ -193,7 +196,8 @@ moe_status moe_nn_forward_attention(moe_module *m, moe_module_call *c) {
   moe_tensor *x = c->arg[0].t, *mask = c->arg[1].kind == MOE_K_none ? NULL : c->arg[1].t;
   moe_tensor *cu = c->arg[2].kind == MOE_K_none ? NULL : c->arg[2].t, *positions = NULL;
   char got[MOE_SHAPE_TEXT];
-  int64_t d = moe_module_int(m, "d_model", 0), heads = m->data[HEADS], kv = m->data[KV_HEADS], dim = m->data[HEAD_DIM];
+  int64_t d = moe_module_int(m, "d_model", 0);
+  int64_t heads = m->data[HEADS], kv = m->data[KV_HEADS], dim = m->data[HEAD_DIM];
   if (x->ndim != 3 || x->shape[2] != d)
     return moe_module_fail(m, "x must be [batch, time, %lld], got %s", (long long)d, moe_shape_of(got, x));
   int64_t batch = x->shape[0], time = x->shape[1], past = 0;
@@ -215,7 +219,8 @@ moe_status moe_nn_forward_attention(moe_module *m, moe_module_call *c) {
   }
 
   moe_tensor *qkv = MOE_CALL(linear, T(x), T(m->slot[QKV_WEIGHT].t), maybe(m->slot[QKV_BIAS].t));
-  moe_tensor *split[3] = {NULL}, *y = MOE_CALL(reshape, T(qkv), INTS(((const int64_t[]){batch, time, heads + 2 * kv, dim}), 4));
+  moe_tensor *split[3] = {NULL};
+  moe_tensor *y = MOE_CALL(reshape, T(qkv), INTS(((const int64_t[]){batch, time, heads + 2 * kv, dim}), 4));
   MOE_TRY(MOE_CALLN(split, split, T(y), INTS(((const int64_t[]){heads, kv, kv}), 3), I(2)));
   moe_tensor *q = MOE_CALL(transpose, T(split[0]), I(1), I(2)); /* views [batch, heads, time, dim] */
   moe_tensor *k = MOE_CALL(transpose, T(split[1]), I(1), I(2));

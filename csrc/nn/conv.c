@@ -32,8 +32,8 @@ moe_status moe_nn_init_conv1d(moe_module *m) {
   int64_t in = moe_module_int(m, "in_channels", 0), out = moe_module_int(m, "out_channels", 0);
   int64_t width = moe_module_int(m, "kernel_size", 0), groups = moe_module_int(m, "groups", 1);
   if (in % groups != 0 || out % groups != 0)
-    return moe_module_fail(m, "in_channels = %lld and out_channels = %lld must be multiples of groups = %lld", (long long)in,
-                           (long long)out, (long long)groups);
+    return moe_module_fail(m, "in_channels = %lld and out_channels = %lld must be multiples of groups = %lld",
+                           (long long)in, (long long)out, (long long)groups);
   m->data[WIDTH] = width;
   m->data[STRIDE] = moe_module_int(m, "stride", 1);
   m->data[PADDING] = moe_module_int(m, "padding", 0);
@@ -52,7 +52,8 @@ moe_status moe_nn_forward_conv1d(moe_module *m, moe_module_call *c) {
   const int64_t *o = m->data;
   moe_tensor *x = c->arg[0].t;
   int64_t pad = o[CAUSAL] ? (o[WIDTH] - 1) * o[DILATION] : o[PADDING];
-  moe_tensor *y = MOE_CALL(conv1d, T(x), T(m->slot[0].t), maybe(m->slot[1].t), I(o[STRIDE]), I(pad), I(o[DILATION]), I(o[GROUPS]));
+  moe_tensor *y = MOE_CALL(conv1d, T(x), T(m->slot[0].t), maybe(m->slot[1].t), I(o[STRIDE]), I(pad), I(o[DILATION]),
+                           I(o[GROUPS]));
   if (o[CAUSAL] && y != NULL) {
     int64_t times = (x->shape[x->ndim - 1] + o[STRIDE] - 1) / o[STRIDE];
     y = MOE_CALL(narrow, T(y), I(-1), I(0), I(times));

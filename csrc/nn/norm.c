@@ -23,7 +23,8 @@ moe_status moe_nn_init_layernorm(moe_module *m) {
 
 moe_status moe_nn_forward_layernorm(moe_module *m, moe_module_call *c) {
   moe_tensor *bias = m->slot[1].t;
-  c->out[0] = MOE_CALL(layer_norm, T(c->arg[0].t), T(m->slot[0].t), bias ? T(bias) : NIL, F(moe_module_number(m, "eps", 0)));
+  moe_value eps = F(moe_module_number(m, "eps", 0));
+  c->out[0] = MOE_CALL(layer_norm, T(c->arg[0].t), T(m->slot[0].t), bias ? T(bias) : NIL, eps);
   return MOE_OK;
 }
 

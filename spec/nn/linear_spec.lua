@@ -329,7 +329,7 @@ describe("initialisers", function()
   it("by name", function()
     moe.manual_seed(6)
     local t = moe.zeros(200, 100)
-    local mean, std, lo, hi
+    local mean, std, lo, hi, _
     assert.is_true(rawequal(t, nn.init.normal_(t, 0.02)))
     mean, std = spread(t)
     assert.close(0, mean, { atol = 1e-3 })

@@ -238,7 +238,8 @@ describe("generate", function()
     -- a model whose logits do not depend on its input: log p = 0, 1, 2, ... of the tied rows
     for _, p in m:named_parameters() do p:detach():fill_(0) end
     local norm = m.norm
-    function m:logits(x) return norm(x):sum(-1):unsqueeze(-1) * 0 + moe.tensor { 0, 1, 2, 3, -1e9, -1e9, -1e9, -1e9, -1e9, -1e9, -1e9 } end
+    local wanted = moe.tensor { 0, 1, 2, 3, -1e9, -1e9, -1e9, -1e9, -1e9, -1e9, -1e9 }
+    m.logits = function(_, x) return norm(x):sum(-1):unsqueeze(-1) * 0 + wanted end
     local function share(options)
       local counts, n = {}, 0
       for token in m:generate({ 1 }, merge({ max_new_tokens = 2000, seed = 1 }, options)) do
@@ -277,7 +278,8 @@ describe("generate", function()
       return out
     end
     assert.same(before { [all[9]] = true }, take(m, { 1, 2 }, { max_new_tokens = 40, seed = 5, stop = all[9] }))
-    assert.same(before { [all[7]] = true, [all[9]] = true }, take(m, { 1, 2 }, { max_new_tokens = 40, seed = 5, stop = { all[7], all[9] } }))
+    local two = { max_new_tokens = 40, seed = 5, stop = { all[7], all[9] } }
+    assert.same(before { [all[7]] = true, [all[9]] = true }, take(m, { 1, 2 }, two))
     local n = 0
     local some = take(m, { 1, 2 }, { seed = 5, stop = function()
       n = n + 1

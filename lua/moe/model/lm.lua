@@ -82,7 +82,8 @@ local function sparse_layer(o, i)
   if out.experts == nil then
     local hidden = out.intermediate_size or hidden_size(o)
     local gate = GATED[o.activation]
-    out.experts = moe.experts[gate and "glu" or "mlp"] { intermediate_size = hidden, act = gate or o.activation, bias = o.bias }
+    local bank = moe.experts[gate and "glu" or "mlp"]
+    out.experts = bank { intermediate_size = hidden, act = gate or o.activation, bias = o.bias }
   end
   out.top_k, out.intermediate_size = nil, nil
   return moe.layer(out)
@@ -195,7 +196,9 @@ function LM:init(given)
   end
   self.layers = layers
   self.norm = Block.make_norm { d_model = o.d_model, norm = o.norm, norm_eps = o.norm_eps, norm_bias = norm_bias }
-  if not o.tie_embeddings then self.head = nn.linear { in_features = o.d_model, out_features = o.vocab_size, bias = o.head_bias } end
+  if not o.tie_embeddings then
+    self.head = nn.linear { in_features = o.d_model, out_features = o.vocab_size, bias = o.head_bias }
+  end
   init_weights(self, o)
 end
 

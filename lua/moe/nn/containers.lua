@@ -23,7 +23,9 @@ local function parts_of(name, ...)
     end
   end
   for k in pairs(list) do
-    if math.type(k) ~= "integer" then error(("%s: the parts come as a list, got the key '%s'"):format(name, tostring(k)), 4) end
+    if math.type(k) ~= "integer" then
+      error(("%s: the parts come as a list, got the key '%s'"):format(name, tostring(k)), 4)
+    end
   end
   return list, n
 end

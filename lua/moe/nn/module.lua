@@ -195,7 +195,9 @@ function Module:load_state_dict(state, options)
   end
   local strict = true
   for k, v in pairs(options or {}) do
-    if k ~= "strict" then error(("load_state_dict: unknown option '%s' (did you mean 'strict'?)"):format(tostring(k)), 2) end
+    if k ~= "strict" then
+      error(("load_state_dict: unknown option '%s' (did you mean 'strict'?)"):format(tostring(k)), 2)
+    end
     strict = v
   end
   local missing, unexpected, wrong, todo, known = {}, {}, {}, {}, {}
@@ -312,7 +314,7 @@ function Module:forward()
 end
 
 --- What tostring shows of a module's own settings, in brackets after its name; a module may define its own.
-function Module:extra() return "" end
+function Module.extra() return "" end
 
 -- --- text ---
 
