@@ -479,10 +479,10 @@ function methods.steps(proxy, batches, options)
   if type(options) == "number" then options = { steps = options } end
   local self, stop = start(proxy, batches, options, "steps")
   local done = false
-  local function close()
+  local function close(err) -- err: what the loop's body raised
     if done then return end
     done = true
-    finish(self, proxy)
+    finish(self, proxy, err)
   end
   local function advance()
     if done or proxy.step >= stop then return close() end
@@ -495,7 +495,7 @@ function methods.steps(proxy, batches, options)
     if not m then return close() end
     return m.step, self.metrics
   end
-  return advance, nil, nil, setmetatable({}, { __close = close })
+  return advance, nil, nil, setmetatable({}, { __close = function(_, err) close(err) end })
 end
 
 --- Mean loss over batches (weighted by tokens), without recording and in evaluation mode; what it draws at random does not

@@ -211,8 +211,8 @@ describe("data.batches", function()
       end
       return out
     end
-    local l, m = moe.data.batches(big, big * 2, { batch_size = 7, shuffle = true, seed = 5 }), nil
-    m = moe.data.batches(big, big * 2, { batch_size = 7, shuffle = true, seed = 5 })
+    local l = moe.data.batches(big, big * 2, { batch_size = 7, shuffle = true, seed = 5 })
+    local m = moe.data.batches(big, big * 2, { batch_size = 7, shuffle = true, seed = 5 })
     local one, two = pass(l), pass(l)
     assert.not_same(one, two)
     assert.same(one, pass(m))

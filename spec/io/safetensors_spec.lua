@@ -49,6 +49,13 @@ describe("safetensors", function()
     assert.is_nil(next(got))
   end)
 
+  it("take any byte but 0 for true", function()
+    spill(path, build('{"a":{"dtype":"BOOL","shape":[4],"data_offsets":[0,4]}}', "\0\1\2\xff"))
+    local t = moe.io.load(path).a
+    assert.same({ false, true, true, true }, t:totable())
+    assert.equal(3, t:cast("f32"):sum():item())
+  end)
+
   it("write views as their values", function()
     local x = moe.arange(1, 24, { dtype = "f32" }):reshape(2, 3, 4)
     local views = {
@@ -150,8 +157,12 @@ describe("a bad safetensors file gives nil and a message:", function()
     { "text after the header's value", build "{} x", "text after the value" },
     { "deep JSON", build('{"a":' .. deep .. "}"), "nested too deeply" },
     { "deep JSON objects", build(('{"a":'):rep(100000)), "nested too deeply" },
-    { "duplicate names", build('{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', "1234"), "duplicate key \"a\"" },
-    { "duplicate names behind an escape", build('{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"\\u0061":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', "1234"), "duplicate key" },
+    { "duplicate names",
+      build('{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+        .. '"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', "1234"), "duplicate key \"a\"" },
+    { "duplicate names behind an escape",
+      build('{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+        .. '"\\u0061":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', "1234"), "duplicate key" },
     { "duplicate keys inside", build(entry '{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}', "1234"), "duplicate key" },
     { "bad UTF-8", build('{"\xff":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', "1234"), "invalid UTF%-8" },
     { "an overlong form", build('{"\xc0\xaf":1}'), "invalid UTF%-8" },
@@ -169,13 +180,16 @@ describe("a bad safetensors file gives nil and a message:", function()
     { "a dtype that is a number", build(entry '{"dtype":3,"shape":[1],"data_offsets":[0,4]}', "1234"), "dtype is not a string" },
     { "a negative size", build(entry '{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}', "1234"), "shape is not" },
     { "a fractional size", build(entry '{"dtype":"F32","shape":[1.0],"data_offsets":[0,4]}', "1234"), "shape is not" },
-    { "a shape of 17 dimensions", build(entry('{"dtype":"F32","shape":[' .. ("1,"):rep(16) .. '1],"data_offsets":[0,4]}'), "1234"), "at most 16" },
+    { "a shape of 17 dimensions",
+      build(entry('{"dtype":"F32","shape":[' .. ("1,"):rep(16) .. '1],"data_offsets":[0,4]}'), "1234"), "at most 16" },
     { "a size beyond 64 bits", build(entry '{"dtype":"F32","shape":[99999999999999999999],"data_offsets":[0,4]}', "1234"), "shape is not" },
     { "a shape whose product overflows", build(entry '{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,0]}'), "too large" },
-    { "a shape whose product overflows to the right number", build(entry '{"dtype":"U8","shape":[4294967296,4294967296,0],"data_offsets":[0,0]}'), "too large" },
+    { "a shape whose product overflows to the right number",
+      build(entry '{"dtype":"U8","shape":[4294967296,4294967296,0],"data_offsets":[0,0]}'), "too large" },
     { "a shape too large for its data", build(entry '{"dtype":"F32","shape":[2],"data_offsets":[0,4]}', "1234"), "take 8 bytes.*hold 4" },
     { "offsets beyond the file", build(entry '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}', "123"), "outside" },
-    { "offsets of 2^63 - 1", build(entry '{"dtype":"U8","shape":[1],"data_offsets":[9223372036854775806,9223372036854775807]}', "1"), "outside" },
+    { "offsets of 2^63 - 1",
+      build(entry '{"dtype":"U8","shape":[1],"data_offsets":[9223372036854775806,9223372036854775807]}', "1"), "outside" },
     { "offsets the wrong way round", build(entry '{"dtype":"F32","shape":[1],"data_offsets":[4,0]}', "1234"), "outside" },
     { "one offset", build(entry '{"dtype":"F32","shape":[1],"data_offsets":[0]}', "1234"), "not a pair" },
     { "three offsets", build(entry '{"dtype":"F32","shape":[1],"data_offsets":[0,4,4]}', "1234"), "not a pair" },

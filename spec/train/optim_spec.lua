@@ -218,9 +218,7 @@ describe("optimizers", function()
 
   it("tell what is wrong", function()
     local p = param { 1 }
-    local function wrong(pattern, f, ...)
-      assert.error_matches(f, pattern)
-    end
+    local function wrong(pattern, f) assert.error_matches(f, pattern) end
     local adamw, sgd = moe.optim.adamw, moe.optim.sgd
     wrong("unknown option 'lrr' %(did you mean 'lr'%?%)", function() adamw(p, { lrr = 1 }) end)
     wrong("unknown option 'weight_deca' %(did you mean 'weight_decay'", function() adamw { weight_deca = 1 } end)

@@ -230,6 +230,37 @@ describe("the trainer", function()
     end
   end)
 
+  it("resumes bf16 weights with their master copies", function()
+    local function build()
+      local w = moe.tensor({ 1, 2, 3 }, { dtype = "bf16", requires_grad = true })
+      return moe.trainer { model = { w }, optimizer = moe.optim.adamw { lr = 1e-3 }, quiet = true, checkpoint = { dir = dir },
+        loss = function(m) return (m[1]:cast "f32"):square():sum() end }, w
+    end
+    local a, wa = build()
+    a:fit({ {} }, { steps = 3 })
+    a:fit({ {} }, { steps = 40 })
+    local b, wb = build()
+    assert.equal(3, b:resume(nil, { step = 3 }))
+    b:fit({ {} }, { steps = 40 })
+    assert.same(wa:totable(), wb:totable())
+    assert.same(a.optimizer:state_dict()["1.master"]:totable(), b.optimizer:state_dict()["1.master"]:totable())
+  end)
+
+  it("dies with all that it holds", function()
+    local function live()
+      collectgarbage()
+      collectgarbage()
+      return moe.memory().live
+    end
+    local before = live()
+    do
+      local trainer = make { checkpoint = { dir = dir } }
+      trainer.on_step = function() return trainer end
+      trainer:fit(data(20), { steps = 2, eval = { with = data(8) } })
+    end
+    assert.equal(before, live())
+  end)
+
   it("keeps the newest checkpoints and sweeps up", function()
     local trainer = make { checkpoint = { dir = dir, every = 2, keep = 2 } }
     moe.io.make_dir(dir)
@@ -321,7 +352,8 @@ describe("the trainer", function()
     trainer:fit(data(20), { steps = 3 })
 
     trainer = build(function(m, batch, ctx) return (m(batch.x, ctx) - batch.y):square():mean() * math.huge end)
-    assert.matches("the loss is inf at step 1; the model's outputs are finite", helper.error_of(trainer.fit, trainer, data(20), { steps = 5 }))
+    assert.matches("the loss is inf at step 1; the model's outputs are finite",
+      helper.error_of(trainer.fit, trainer, data(20), { steps = 5 }))
 
     trainer, model = build()
     moe.no_grad(function() model.first.weight:fill_(0 / 0) end)
@@ -367,6 +399,17 @@ describe("the trainer", function()
     assert.equal(4, c:resume(nil, { step = 4 }))
     c:fit(data(20), { steps = 8 })
     assert.same(weights(ma), weights(mc))
+  end)
+
+  it("saves when Ctrl-C comes in the body of a loop over its steps", function()
+    local trainer = make { checkpoint = { dir = dir } }
+    local ok = pcall(function()
+      for step in trainer:steps(data(20), 10) do
+        if step == 3 then error "interrupted!" end
+      end
+    end)
+    assert.is_false(ok)
+    assert.equal(3, trainer:resume())
   end)
 
   it("is left whole by an error in any callback", function()
