@@ -39,6 +39,7 @@ typedef struct pair_job {
 #define KEY_OF moe_key_f32
 #define UNKEY moe_unkey_f32
 #define F(name) vm_##name##_f32
+#define PAIR_SIMD _Pragma("omp simd reduction(+ : s)")
 #include "cpu/loss_real.h"
 
 #define REAL double
@@ -47,6 +48,7 @@ typedef struct pair_job {
 #define KEY_OF moe_key_f64
 #define UNKEY moe_unkey_f64
 #define F(name) vm_##name##_f64
+#define PAIR_SIMD /* calls the C library */
 #include "cpu/loss_real.h"
 
 #define PICK(name, dt) ((dt) == MOE_f32 ? name##_f32 : name##_f64)

@@ -195,9 +195,9 @@ static inline double NAME(pair_run)(const pair_job *j, REAL *restrict y, int64_t
 #define CASE(kind_, expr)                                       \
   case kind_:                                                   \
     if (y) {                                                    \
-      _Pragma("omp simd") for (int64_t i = i0; i < stop; i++) y[i] = (REAL)(expr); \
+      for (int64_t i = i0; i < stop; i++) y[i] = (REAL)(expr); \
     } else {                                                    \
-      _Pragma("omp simd reduction(+ : s)") for (int64_t i = i0; i < stop; i++) s += (REAL)(expr); \
+      PAIR_SIMD for (int64_t i = i0; i < stop; i++) s += (REAL)(expr); \
     }                                                           \
     break;
   for (int64_t i0 = begin; i0 < end; i0 += BLOCK) {
@@ -276,4 +276,5 @@ static void NAME(pair_bwd)(void *arg, int64_t begin, int64_t end, int worker) {
 #undef KEY
 #undef KEY_OF
 #undef UNKEY
+#undef PAIR_SIMD
 #undef F
