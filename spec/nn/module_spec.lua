@@ -335,13 +335,43 @@ describe("memory of modules", function()
     assert.equal(before, live())
   end)
 
-  it("a failed allocation leaves no half module", function()
-    local before = live()
-    for n = 1, 4 do
-      moe.core.fail_after(n)
-      pcall(nn.linear, 10, 10)
-    end
-    moe.core.fail_after(0)
-    assert.equal(before, live())
-  end)
+  -- Every allocation of tensor memory fails in turn.
+  for name, work in pairs {
+    attention = function()
+      local m = nn.attention { d_model = 8, num_heads = 4, num_kv_heads = 2, rope = true, qk_norm = true, dropout = 0.3 }
+      local x = moe.ones(1, 3, 8, { requires_grad = true })
+      local _, state = m(x, m:state(1))
+      m(x, state):sum():backward()
+      m(x, nil, { cu_seqlens = moe.tensor({ 0, 2, 3 }, { dtype = "i64" }) }):sum():backward()
+    end,
+    conversion = function()
+      local m = nn.ffn { d_model = 4, activation = "swiglu" }
+      m(moe.ones(2, 4)):sum():backward()
+      m:to "f64"
+      m:load_state_dict(nn.ffn { d_model = 4, activation = "swiglu" }:state_dict())
+      nn.init.orthogonal_(m.down_proj.weight:detach())
+    end,
+    convolutions = function()
+      nn.conv1d { in_channels = 2, out_channels = 2, kernel_size = 3, causal = true }(moe.ones(1, 2, 5)):sum():backward()
+      local m = nn.causal_conv1d(3)
+      m(moe.ones(1, 1, 3), m:state(1))
+    end,
+  } do
+    it("is not lost when it runs out: " .. name, function()
+      work()
+      local before, n, failures, ok, message = live(), 0, 0, nil, nil
+      repeat
+        n = n + 1
+        moe.core.fail_after(n)
+        ok, message = pcall(work)
+        moe.core.fail_after(0)
+        if not ok then
+          failures = failures + 1
+          assert.truthy(tostring(message):find "memory")
+        end
+      until ok
+      assert.truthy(failures > 10)
+      assert.equal(before, live())
+    end)
+  end
 end)
