@@ -293,6 +293,7 @@ local function make_calls(self, proxy)
   function calls.evaluate(step)
     local e = self.eval
     local result = proxy:evaluate(e.with, { steps = e.steps })
+    self.seen.since = self.seen.since + result.seconds -- the rate that is shown is that of training
     result.step = step
     self.evaluated = result
     if self.bar then self.bar:line(("step %d  eval loss %.4f  (%d batches)"):format(step, result.loss, result.batches)) end
