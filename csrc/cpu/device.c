@@ -2,6 +2,9 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "base/cpu.h"
 #include "tensor/device.h"
@@ -11,9 +14,17 @@ extern const moe_kernels moe_cpu_kernels_baseline;
 extern const moe_kernels moe_cpu_kernels_avx2, moe_cpu_kernels_avx512;
 #endif
 
+/* Large blocks lie on huge pages where the system gives them: fewer faults at first touch, fewer TLB misses after. */
+enum { HUGE = 2 << 20 };
+
 static void *cpu_alloc(moe_device *d, int64_t bytes) {
   (void)d;
-  return aligned_alloc(64, ((size_t)bytes + 63) & ~(size_t)63);
+  size_t align = bytes >= 2 * HUGE ? HUGE : 64;
+  void *p = aligned_alloc(align, ((size_t)bytes + align - 1) & ~(align - 1));
+#ifdef MADV_HUGEPAGE
+  if (p != NULL && align == HUGE) madvise(p, (size_t)bytes & ~(align - 1), MADV_HUGEPAGE);
+#endif
+  return p;
 }
 
 static void cpu_release(moe_device *d, void *p, int64_t bytes) {
