@@ -11,8 +11,9 @@ local function cosine_router(d_model, num_experts, top_k)
     route = function(self, x)
       local unit = function(t) return t / (t:norm(2, -1, true) + 1e-6) end
       local scores = unit(x):matmul(unit(self.centers):t()) * 8
-      local weight, index = scores:softmax(-1):topk(top_k)
-      return moe.routing.topk(index, weight / weight:sum(-1, true), num_experts)
+      local probs = scores:softmax(-1)
+      local weight, index = probs:topk(top_k)
+      return moe.routing.topk(index, weight / weight:sum(-1, true), num_experts, { probs = probs })
     end,
   }
 end
@@ -46,8 +47,8 @@ end
 
 local x, _, kind = batch(1000)
 local _, routing = layer(x)
-print("assignments of each expert:", routing:load())
+print("assignments of each expert:", table.concat(routing:load():totable(), " "))
 for k = 1, kinds do
-  local first = routing.index:narrow(2, 1, 1):squeeze(2)
-  print(("kind %d goes first to"):format(k), moe.bincount(first:masked_select(kind:eq(k)), 8))
+  local mine = kind:index_select(1, routing.token):eq(k)
+  print(("kind %d goes to"):format(k), table.concat(moe.bincount(routing.expert:masked_select(mine), 8):totable(), " "))
 end

@@ -210,10 +210,30 @@ local function first_sentence(text)
 end
 M.first_sentence = first_sentence
 
+-- The comment above `M.name = ...` in the file of moe.<group>, for functions that are defined elsewhere.
+local function comment_of_assignment(group, name)
+  local path = package.searchpath("moe." .. group, package.path)
+  for i, line in ipairs(path and lines_of(path) or {}) do
+    if line:match("^[%a_][%w_]*%." .. name .. "%s*=") then return comment_above(lines_of(path), i) end
+  end
+end
+
+-- The comment at the head of the file of moe.<name>.
+local function comment_of_file(name)
+  local path = package.searchpath("moe." .. name, package.path)
+  local lines = path and lines_of(path)
+  if not lines then return nil end
+  local last = 1
+  while lines[last] and lines[last]:match "^%-%-" do last = last + 1 end
+  return comment_above(lines, last)
+end
+
 local function function_entry(prefix, group, name, f, notes)
   local path = prefix .. name
   local note = notes[path]
   local args, comment = M.of_function(f)
+  if group == "" then comment = comment or comment_of_file(name)
+  else comment = comment or comment_of_assignment(group, name) end
   if note then
     return { kind = "function", name = name, group = group, path = path, signature = note[1], doc = note[2], example = note[3] }
   end
@@ -221,11 +241,31 @@ local function function_entry(prefix, group, name, f, notes)
     doc = comment }
 end
 
+-- A constructor that a module describes by its own table `kinds`: { name, doc, options = { name = default } }.
+local function kind_entry(group, row)
+  local names = {}
+  for name in pairs(row.options) do names[#names + 1] = name end
+  table.sort(names)
+  for i, name in ipairs(names) do
+    local v = row.options[name]
+    if type(v) == "table" then v = "{ " .. table.concat(v, ", ") .. " }"
+    elseif type(v) == "string" then v = '"' .. v .. '"' end
+    names[i] = ("%s = %s"):format(name, tostring(v))
+  end
+  local path = ("moe.%s.%s"):format(group, row.name)
+  return { kind = "function", name = row.name, group = group, path = path, doc = row.doc,
+    signature = ("%s([model or parameters or groups,] { %s })"):format(path, table.concat(names, ", ")) }
+end
+
+-- Classes that users meet; others are the bindings' own.
+local CLASSES <const> = { ["moe.Tensor"] = true, ["moe.Module"] = true, ["moe.Routing"] = true, ["moe.Optimizer"] = true,
+  ["moe.Trainer"] = true }
+
 -- The metatables that the bindings have registered: { { "moe.Tensor", methods }, ... }, sorted.
 function M.classes()
   local list = {}
   for key, mt in pairs(debug.getregistry()) do
-    if type(key) == "string" and type(mt) == "table" and key:match "^moe%.%u%w*$" then
+    if CLASSES[key] and type(mt) == "table" then
       local methods = rawget(mt, "__metatable")
       if type(methods) ~= "table" then methods = rawget(mt, "__index") end
       if type(methods) == "table" then list[#list + 1] = { key, methods } end
@@ -252,20 +292,29 @@ function M.entries()
     if not row.internal then add(operation_entry(row)) end
   end
   for _, row in ipairs(moe.core.modules and moe.core.modules() or {}) do add(layer_entry(row)) end
+  local callable = {}
+  for _, name in ipairs(M.CALLABLES) do callable[name] = true end
   for _, pair in ipairs(functions_of(moe)) do
     -- name_ is the in-place form of an operation and described with it
     local base = seen["moe." .. pair[1]:gsub("_$", "")]
-    if not (base and base.kind == "operation") then add(function_entry("moe.", "", pair[1], pair[2], notes)) end
+    if not (base and base.kind == "operation" or callable[pair[1]]) then
+      add(function_entry("moe.", "", pair[1], pair[2], notes))
+    end
   end
   for _, name in ipairs(M.CALLABLES) do
     local ok, value = pcall(function() return moe[name] end)
     if ok and value ~= nil then
       local f = value
-      if type(f) ~= "function" then
-        f = type(value) == "table" and (getmetatable(value) or {}).__call or nil
-        if type(value) == "table" then
-          for _, pair in ipairs(functions_of(value)) do
-            add(function_entry("moe." .. name .. ".", name, pair[1], pair[2], notes))
+      if type(value) == "table" then
+        f = (getmetatable(value) or {}).__call
+        -- what else it holds (the methods of a class of modules) is public where it has a comment
+        for _, pair in ipairs(functions_of(value)) do
+          local args, comment = M.of_function(pair[2])
+          if comment then
+            local method = type(value.entries) == "function"
+            local path = ("moe.%s%s%s"):format(name, method and ":" or ".", pair[1])
+            if method then args = args:gsub("^self,? ?", "") end
+            add { kind = "function", name = pair[1], group = "", path = path, signature = ("%s(%s)"):format(path, args), doc = comment }
           end
         end
       end
@@ -275,8 +324,20 @@ function M.entries()
   for _, group in ipairs(M.GROUPS) do
     local ok, value = pcall(function() return moe[group] end)
     if ok and type(value) == "table" then
+      local kinds = {}
+      for _, row in ipairs(type(value.kinds) == "table" and value.kinds or {}) do kinds[row.name] = row end
       for _, pair in ipairs(functions_of(value)) do
-        add(function_entry("moe." .. group .. ".", group, pair[1], pair[2], notes))
+        local name, operation = pair[1], seen["moe." .. pair[1]]
+        if kinds[name] then
+          add(kind_entry(group, kinds[name]))
+        elseif operation and rawequal(moe[name], pair[2]) then
+          add {
+            kind = "function", name = name, group = group, path = ("moe.%s.%s"):format(group, name), doc = operation.doc,
+            signature = operation.signature:gsub("^moe%.", ("moe.%s."):format(group)),
+          }
+        else
+          add(function_entry("moe." .. group .. ".", group, name, pair[2], notes))
+        end
       end
     end
   end
