@@ -13,23 +13,11 @@
 local core = require "moe.core"
 local files = core._files
 local low = core._data
-local schedule = require "moe.schedule"
+local check_options = require("moe.options").check
 
 local M = {}
 
 local function fail(level, message, ...) error(message:format(...), level + 1) end
-
-local function check_options(fname, options, known)
-  if options == nil then return {} end
-  if type(options) ~= "table" then fail(3, "%s: a table of options was wanted, got a %s", fname, type(options)) end
-  for k in pairs(options) do
-    if known[k] == nil then
-      local hint = type(k) == "string" and schedule.nearest(k, known)
-      fail(3, "%s: unknown option '%s'%s", fname, tostring(k), hint and (" (did you mean '%s'?)"):format(hint) or "")
-    end
-  end
-  return options
-end
 
 local function count(fname, options, name, default, least)
   local v = options[name]

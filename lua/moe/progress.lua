@@ -8,6 +8,7 @@
 -- terminal (true, false: do not ask), start (steps made before).
 
 local core = require "moe.core"
+local check = require("moe.options").check
 
 local Bar = {}
 Bar.__index = Bar
@@ -101,13 +102,7 @@ Bar.__close = Bar.close
 local known <const> = { quiet = true, every = true, write = true, terminal = true, start = true, label = true }
 
 return function(n, options)
-  options = options or {}
-  for k in pairs(options) do
-    if not known[k] then
-      local hint = require("moe.schedule").nearest(tostring(k), known)
-      error(("progress: unknown option '%s'%s"):format(tostring(k), hint and (" (did you mean '%s'?)"):format(hint) or ""), 2)
-    end
-  end
+  options = check("progress", options, known)
   local terminal = options.terminal
   if terminal == nil then terminal = core._files.is_terminal(2) and os.getenv "TERM" ~= "dumb" end
   return setmetatable({

@@ -5,42 +5,17 @@
 -- Options: warmup (steps of a linear rise from 0, default 0), steps (where the schedule ends; it stays there afterwards),
 -- min (the last value, default 0), max (the highest, default 1).
 
-local M = {}
+local check = require("moe.options").check
 
-local function near(key, known)
-  local best, least = nil, 1 + #key // 2
-  for name in pairs(known) do
-    local row = {}
-    for j = 0, #name do row[j] = j end
-    for i = 1, #key do
-      local diagonal = row[0]
-      row[0] = i
-      for j = 1, #name do
-        local keep = diagonal + (key:byte(i) == name:byte(j) and 0 or 1)
-        diagonal = row[j]
-        row[j] = math.min(keep, row[j] + 1, row[j - 1] + 1)
-      end
-    end
-    local d = (name:find(key, 1, true) or key:find(name, 1, true)) and math.min(row[#name], 2) or row[#name]
-    if d < least or (d == least and best and name < best) then best, least = name, d end
-  end
-  return best
-end
+local M = {}
 
 -- Options with defaults; `known` maps names to defaults, or to `required`.
 local required = {}
 local function read(fname, options, known)
-  if options == nil then options = {} end
-  if type(options) ~= "table" then
-    error(("%s: a table of options was wanted, got a %s"):format(fname, type(options)), 3)
-  end
+  options = check(fname, options, known, 4)
   local out = {}
   for k, v in pairs(options) do
-    if known[k] == nil then
-      local hint = type(k) == "string" and near(k, known)
-      error(("%s: unknown option '%s'%s"):format(fname, tostring(k), hint and (" (did you mean '%s'?)"):format(hint) or ""), 3)
-    end
-    if type(v) == "number" and not (v == v and math.abs(v) < math.huge) or type(v) ~= "number" then
+    if type(v) ~= "number" or v ~= v or math.abs(v) == math.huge then
       error(("%s: %s must be a finite number, got %s"):format(fname, k, tostring(v)), 3)
     end
     out[k] = v
@@ -103,8 +78,5 @@ function M.wsd(options)
     return o.min + (o.max - o.min) * math.max(0, left) / o.decay
   end
 end
-
---- The name in the keys of `known` that is nearest to `key`, or nil: for "did you mean".
-M.nearest = near
 
 return M

@@ -19,7 +19,7 @@
 
 local core = require "moe.core"
 local optim = require "moe.optim"
-local schedule = require "moe.schedule"
+local hint = require("moe.options").hint
 local progress = require "moe.progress"
 local checkpoint = require "moe.checkpoint"
 
@@ -51,10 +51,7 @@ end
 -- Raises for keys that are not known, naming the nearest one.
 local function check_names(what, t, known)
   for k in pairs(t) do
-    if known[k] == nil then
-      local hint = type(k) == "string" and schedule.nearest(k, known)
-      raise("unknown %s '%s'%s", what, tostring(k), hint and (" (did you mean '%s'?)"):format(hint) or "")
-    end
+    if known[k] == nil then raise("unknown %s '%s'%s", what, tostring(k), hint(k, known)) end
   end
 end
 
@@ -637,8 +634,7 @@ end
 function methods._assign(proxy, name, value)
   if not assignable[name] then
     if option_names[name] then raise("'%s' cannot be changed after the trainer was made", name) end
-    local hint = type(name) == "string" and schedule.nearest(name, assignable)
-    raise("there is no field '%s' to assign%s", tostring(name), hint and (" (did you mean '%s'?)"):format(hint) or "")
+    raise("there is no field '%s' to assign%s", tostring(name), hint(name, assignable))
   end
   if checks[name] then checks[name](value) end
   if name == "clip" then proxy:_set("clip", value or 0) end
@@ -655,4 +651,4 @@ function methods._text(proxy)
   return table.concat(parts, "\n")
 end
 
-return setmetatable({ new = new }, { __call = function(_, options) return new(options) end })
+return setmetatable({}, { __call = function(_, options) return new(options) end })
