@@ -47,6 +47,8 @@ return {
   ["moe.Module:forward"] = { "m:forward(...)", "the same as m(...)" },
   ["moe.Module:state"] = { "m:state(batch)", "the empty state of a mixer for a batch of that size" },
   ["moe.nn.is_module"] = { "moe.nn.is_module(v)", "whether v is a layer or a module made in Lua" },
+  ["moe.nn.identity"] = { "moe.nn.identity()", "gives back what it is called with" },
+  ["moe.model.block"] = { "moe.model.block{ d_model, mixer, ffn, norm, ... }", "one layer of a language model: x + mixer(norm(x)), then x + ffn(norm(x)); returns y, the mixer's state and the ffn's routing" },
   -- routings
   ["moe.Routing:load"] = { "r:load()", "tokens of each expert: [num_experts], i64" },
   ["moe.Routing:demand"] = { "r:demand()", "tokens that chose each expert, those dropped included: [num_experts], i64" },

@@ -94,12 +94,12 @@ local function lines_of(path)
   return lines
 end
 
--- The comment block right above line `at`: text, or nil when there is none that begins with three dashes.
-local function comment_above(lines, at)
+-- The comment block right above line `at`: text, or nil when there is none that begins with three dashes (`any`: two).
+local function comment_above(lines, at, any)
   local first = at - 1
   while first >= 1 and lines[first]:match "^%s*%-%-" do first = first - 1 end
   for i = first + 1, at - 1 do
-    if lines[i]:match "^%s*%-%-%-" then
+    if any or lines[i]:match "^%s*%-%-%-" then
       local text = {}
       for k = i, at - 1 do text[#text + 1] = lines[k]:gsub("^%s*%-%-%-?%s?", "") end
       return table.concat(text, "\n")
@@ -228,6 +228,54 @@ local function comment_of_file(name)
   return comment_above(lines, last)
 end
 
+-- Options that a class of modules reads: the table of rows { type, default } that its init refers to, as text.
+local function class_options(init)
+  for i = 1, debug.getinfo(init, "u").nups do
+    local upname, rows = debug.getupvalue(init, i)
+    if type(rows) == "table" and (upname:match "ROWS$" or upname == "rows" or upname == "defaults") and type(next(rows)) == "string" then
+      local names = {}
+      for name in pairs(rows) do names[#names + 1] = name end
+      table.sort(names)
+      for k, name in ipairs(names) do
+        local row = rows[name]
+        if upname == "defaults" then row = { type(row), row } end
+        local kind, default = row[1], row[2]
+        if type(kind) == "table" then kind = '"' .. table.concat(kind, '" or "') .. '"' end
+        if type(default) == "string" then default = '"' .. default .. '"' end
+        if type(default) == "table" then default = nil end -- required
+        names[k] = ("%s = %s"):format(name, default ~= nil and tostring(default) or tostring(kind):gsub("|", " or "))
+      end
+      return "{ " .. table.concat(names, ", ") .. " }"
+    end
+  end
+end
+
+-- A class of modules made in Lua, which is called to make one.
+local function class_entry(group, name, class, notes, operations)
+  local path = ("moe.%s.%s"):format(group, name)
+  local init = class.init
+  local args, comment = "...", nil
+  local options
+  if type(init) == "function" then
+    args, comment = M.of_function(init)
+    args = (args or "..."):gsub("^self,? ?", "")
+    options = class_options(init)
+    local source = debug.getinfo(init, "S").source
+    local lines = lines_of(source:sub(2)) or {}
+    for i, line in ipairs(lines) do
+      if comment then break end
+      if line:match('module[ (]+"' .. name .. '"') or line:match("^M%." .. name .. "%s*=") then
+        comment = comment_above(lines, i, true)
+      end
+    end
+  end
+  comment = comment or comment_of_assignment(group, name)
+  if not comment and operations[name] then comment = "the operation " .. name .. " as a module: " .. operations[name].doc end
+  local note = notes[path]
+  return { kind = "function", name = name, group = group, path = path, doc = note and note[2] or comment,
+    signature = note and note[1] or options and path .. options or ("%s(%s)"):format(path, args) }
+end
+
 local function function_entry(prefix, group, name, f, notes)
   local path = prefix .. name
   local note = notes[path]
@@ -318,7 +366,14 @@ function M.entries()
           end
         end
       end
-      if f then add(function_entry("moe.", "", name, f, notes)) end
+      if f then
+        local entry = function_entry("moe.", "", name, f, notes)
+        if type(value) == "table" and not notes[entry.path] then
+          local options = type(value.init) == "function" and class_options(value.init)
+          entry.signature = options and entry.path .. options or entry.signature:gsub("%([^,)]*,? ?", "(")
+        end
+        add(entry)
+      end
     end
   end
   for _, group in ipairs(M.GROUPS) do
@@ -339,6 +394,14 @@ function M.entries()
           add(function_entry("moe." .. group .. ".", group, name, pair[2], notes))
         end
       end
+      local classes, operations = {}, {}
+      for name, class in next, value do
+        local mt = type(class) == "table" and getmetatable(class)
+        if mt and mt.__call and type(class.entries) == "function" then classes[#classes + 1] = name end
+        operations[name] = seen["moe." .. tostring(name)]
+      end
+      table.sort(classes)
+      for _, name in ipairs(classes) do add(class_entry(group, name, value[name], notes, operations)) end
     end
   end
   for _, class in ipairs(M.classes()) do

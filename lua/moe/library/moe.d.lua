@@ -2816,20 +2816,20 @@ function moe.after_step() end
 ---x [.., d_model] -> y [.., d_model], routing.
 function moe.forward(x, ctx) end
 
----What the layer did since the last reset: load (a list of assignments per expert), entropy, max_over_mean, dead (idle experts), tokens, assignments, dropped, masked, forwards. stats{ reset = true } starts anew.
+---What the layer did since the last reset: load (a list of assignments per expert), entropy, max_over_mean, dead (idle experts), tokens, assignments, dropped, masked, forwards. stats{ reset = true } starts anew. A layer of more than 65536 experts keeps no load.
 function moe.stats(given) end
 
 ---moe.layer: a sparse layer, router -> routing -> experts. local layer = moe.layer{ d_model = 256, num_experts = 16, router = moe.router.topk{ top_k = 2 }, experts = moe.experts.swiglu{ intermediate_size = 512 }, balance = { moe.loss.switch(0.01) } } local y, routing = layer(x)            -- x: [.., d_model] (loss + routing:aux()):backward() layer(x, ctx): what the caller puts into ctx (step, token ids, mask, ...) reaches routers, losses and experts. The layer adds shape (x's leading sizes) and layer (itself), and leaves in the caller's table `routing`, its own, and `routings`, those of all layers so far: moe.loss.aux(ctx) adds up their losses. A fresh ctx for each forward.
-function moe.layer(class, ...) end
+function moe.layer(...) end
 
 ---The trainer: moe.trainer{ model =, optimizer =, loss =, ... }. The loop is C (csrc/train/trainer.c); here is what it calls. local trainer = moe.trainer{ model = model, optimizer = moe.optim.adamw{ lr = 1e-3 }, loss = function(model, batch, ctx) return moe.loss.cross_entropy(model(batch.x, ctx), batch.y) end, schedule = moe.schedule.cosine{ warmup = 100, steps = 2000, min = 0.1 }, clip = 1.0, checkpoint = { dir = "run", every = 500, keep = 3 }, } trainer:resume()                                   -- goes on where checkpoints in "run" ended, if there are any trainer:fit(train, { steps = 2000, eval = { every = 250, with = val, steps = 50 } }) for step, m in trainer:steps(train, 2000) do print(step, m.loss) end     -- the loop body is yours A batch is anything that the loss understands. `train` is a loader of moe.data, a list of batches, or a function that returns the next batch. Loaders and lists begin anew at their end; a function that returns nil ends the training. Steps count from 1 over the whole training, resumed parts included: { steps = 2000 } ends at step 2000. ctx has step, training and the values of `schedules` by name. A loss may return a second value, a table of numbers, which joins the metrics. After each step, modules with a method after_step(self, ctx) have it called.
-function moe.trainer(_, options) end
+function moe.trainer(options) end
 
 ---The help text of a name, or nil and a message that names similar ones.
 function moe.text(name) end
 
 ---moe.help(name): prints what is known of a name: signature, shapes, options, an example. moe.help() lists everything in a few lines; moe.help(object) tells what a tensor, layer or function is.
-function moe.help(_, name) end
+function moe.help(name) end
 
 ---moe.gradcheck(f, inputs, options): the gradients of f against central differences, in f64. f(inputs...) returns one tensor or several; what is not a floating tensor is ignored. The results are drawn together into one number L = sum of result * weight with fixed weights that no symmetry of f can hide behind, and dL/dx from the graph is compared with (L(x + eps) - L(x - eps)) / (2 eps) for every element of every input. inputs   tensors; the f64 ones among them are checked, others (indices, masks) are handed on options  eps = 1e-6, rtol = 1e-5, atol = 1e-7 seed = n: moe.manual_seed(n) before every call of f, for an f that draws random numbers Returns true, or raises an error that names the input, the element, and both values.
 function moe.gradcheck(f, inputs, options) end
@@ -2846,8 +2846,74 @@ function nn.module(name, base) end
 ---Marks a tensor as a parameter and returns it: a leaf that wants a gradient. {decay = false} keeps it out of weight decay.
 function nn.parameter(t, options) end
 
+---dict{name = part, ...}: parts by name.
+function nn.dict(parts) end
+
+---the operation elu as a module: x above 0, alpha (exp(x) - 1) below
+function nn.elu(...) end
+
+---the operation gelu as a module: x times the normal distribution function of x; tanh: its approximation (Hendrycks & Gimpel 2016)
+function nn.gelu(...) end
+
+---gives back what it is called with
+function nn.identity() end
+
+---lambda(f): a function as a module.
+function nn.lambda(f) end
+
+---the operation leaky_relu as a module: x above 0, slope * x below
+function nn.leaky_relu(...) end
+
+---list{a, b, c}: parts by number, to be called as one likes.
+function nn.list(...) end
+
+---the operation log_softmax as a module: x - logsumexp(x) along dim
+function nn.log_softmax(...) end
+
+---the operation relu as a module: max(x, 0); NaN stays; slope 0 at 0
+function nn.relu(options) end
+
+---the operation relu_squared as a module: max(x, 0)^2 (So et al. 2021)
+function nn.relu_squared(options) end
+
+---residual(f)(x) = x + scale f(x); what else f takes and returns (a state) passes through.
+function nn.residual(f, scale) end
+
+---sequential(a, b, c)(x) = c(b(a(x))): each part gets the first result of the one before it; the results of the last one are the results.
+function nn.sequential(...) end
+
+---the operation sigmoid as a module: 1 / (1 + exp(-x))
+function nn.sigmoid(options) end
+
+---the operation silu as a module: x sigmoid(x), also called swish
+function nn.silu(options) end
+
+---the operation softmax as a module: exp(x) / sum exp(x) along dim
+function nn.softmax(...) end
+
+---the operation softplus as a module: log(1 + exp(beta x)) / beta
+function nn.softplus(options) end
+
+---the operation tanh as a module: hyperbolic tangent
+function nn.tanh(options) end
+
 ---The choice "token t takes experts t k + 1, t k + 2, ..." modulo num_experts, as [T, k]: an even load, for experiments.
 function router.uniform_choice(tokens, top_k, num_experts) end
+
+---The k best experts of each token. Steps, each an option: `score` of the logits (softmax, sigmoid, sqrtsoftplus, relu; `score_after`: of the chosen alone) -> + `selection_bias` -> `n_group` groups, of which `topk_group` stay, judged by the sum of their `group_top` best -> choose `top_k` -> their unbiased scores -> `norm_topk_prob` (default: for k > 1) -> `routed_scaling_factor`. Also: `bias` of the projection, `noise` ("learned" or a number) added to the logits in training (`noise_in_eval`: always), `jitter` (x times 1 +- jitter in training), `init`.
+function router.topk(...) end
+
+---The same with another activation `act` of the gate: "gelu" is GEGLU, "relu" ReGLU, "sigmoid" GLU.
+function experts.glu(...) end
+
+---Experts of one's own: f(xe, e, ctx) -> [n, d_out] for the rows xe [n, d_model] of expert e; nil stands for zeros. Or a list of modules or functions, one an expert; modules' parameters are the bank's.
+function experts.map(f) end
+
+---Plain networks: down(act(up x)). Parameters up_proj [E, I, d], down_proj [E, d, I], with `bias` also up_bias and down_bias. Options as in swiglu, and act: silu, gelu, gelu_tanh, relu, relu2, tanh, sigmoid, identity.
+function experts.mlp(...) end
+
+---SwiGLU networks: down(silu(gate x) * up x). Parameters gate_up_proj [E, 2 I, d] (gate first), down_proj [E, d, I]. Options: intermediate_size, bias, init, d_out; d_model and num_experts (one) for a bank of its own.
+function experts.swiglu(...) end
 
 ---A routing from gates [T, E]: those that are not zero, whatever their number. Options as in topk.
 function routing.dense(gates, extras) end
@@ -2927,9 +2993,6 @@ function schedule.cosine(options) end
 ---A straight line down from the end of the warm-up to `min` at `steps`.
 function schedule.linear(options) end
 
----The name in the keys of `known` that is nearest to `key`, or nil: for "did you mean".
-function schedule.nearest(key, known) end
-
 ---Warm-up, stable, decay (Hu et al., MiniCPM, 2024): flat until `decay` steps before `steps` (default a tenth of them), then a straight line down to `min`.
 function schedule.wsd(options) end
 
@@ -2971,6 +3034,12 @@ function io.save(path, options) end
 
 ---writes a whole file, aside first, then renamed into place
 function io.write(path, text) end
+
+---one layer of a language model: x + mixer(norm(x)), then x + ffn(norm(x)); returns y, the mixer's state and the ffn's routing
+function model.block(...) end
+
+---A language model of these options (see ROWS in lua/moe/model/lm.lua).
+function model.lm(ffn, ffn_hidden, head_bias, head_dim, init) end
 
 ---Completions of the last word of a line, sorted: complete("moe.nn.li", env) -> { "moe.nn.linear", ... }. env is the table of globals, _G when it is left out.
 function repl.complete(line, env) end
