@@ -11,7 +11,7 @@ static const char context_key = 'c', callback_key = 'e';
 /* A full collection runs at a call's entry when live tensor bytes pass twice what lived after the last one, and at least
 ** `slack` more. Little slack keeps a loop's memory small and warm in the cache; so slack starts low, doubles when
 ** collecting takes more than a twentieth of the time (a large Lua heap), and falls again when it takes far less. */
-static const int64_t least_slack = (int64_t)32 << 20, most_slack = (int64_t)1 << 30;
+static const int64_t least_slack = (int64_t)32 << 20, most_slack = (int64_t)256 << 20;
 
 moeL_ctx *moeL_context(lua_State *L) {
   lua_rawgetp(L, LUA_REGISTRYINDEX, &context_key);
