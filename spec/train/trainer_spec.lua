@@ -447,6 +447,29 @@ describe("the trainer", function()
     end
   end)
 
+  it("undoes a step in which memory runs out anywhere", function()
+    local a, ma = make()
+    a:fit(data(20), { steps = 2 })
+    local b, mb = make()
+    local loader = data(20)
+    b:fit(loader, { steps = 1 })
+    local before, failed = weights(mb), 0
+    for n = 1, 200 do
+      moe.empty_cache()
+      moe.core.fail_after(n)
+      local ok, message = pcall(b.fit, b, loader, { steps = 2 })
+      moe.core.fail_after(0)
+      if ok then break end
+      failed = n
+      assert.matches("memory", tostring(message))
+      assert.equal(1, b.step)
+      assert.same(before, weights(mb))
+    end
+    assert.is_true(failed > 5 and failed < 200, failed)
+    assert.equal(2, b.step)
+    assert.same(weights(ma), weights(mb))
+  end)
+
   it("trains in bf16 products and f32 weights", function()
     local trainer, model = make { precision = "bf16" }
     local first
