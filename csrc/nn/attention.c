@@ -4,6 +4,7 @@
 #include <math.h>
 
 #include "nn/init.h"
+#include "nn/kv_cache.h"
 #include "nn/module.h"
 
 enum { QKV_WEIGHT, QKV_BIAS, O_WEIGHT, O_BIAS, Q_NORM, K_NORM }; /* slots */
@@ -82,13 +83,6 @@ static moe_status check_state(const moe_module *m, const moe_tensor *t, const ch
     return MOE_OK;
   return moe_module_fail(m, "state.%s must be [%lld, %lld, time, %lld], got %s", name, (long long)batch,
                          (long long)m->data[KV_HEADS], (long long)m->data[HEAD_DIM], moe_shape_of(shape, t));
-}
-
-/* keys or values so far, then the new ones */
-static moe_tensor *extend(moe_tensor *past, moe_tensor *now) {
-  if (past == NULL || past->shape[2] == 0 || now == NULL) return now;
-  moe_tensor *both[2] = {past, now};
-  return MOE_CALL(cat, TS(both, 2), I(2));
 }
 
 /* [t, s] bool: query i sees the keys up to s - t + i, as in the operation. */
@@ -234,8 +228,8 @@ moe_status moe_nn_forward_attention(moe_module *m, moe_module_call *c) {
     q = MOE_CALL(rope, T(q), maybe(positions), start, base);
     k = MOE_CALL(rope, T(k), maybe(positions), start, base);
   }
-  k = extend(c->state[K], k);
-  v = extend(c->state[V], v);
+  k = moe_kv_extend(c->state[K], k, c->stateful);
+  v = moe_kv_extend(c->state[V], v, c->stateful);
   c->next[K] = k;
   c->next[V] = v;
   y = cu ? attend_packed(m, q, k, v, cu) : attend(m, q, k, v, mask);

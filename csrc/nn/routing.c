@@ -23,7 +23,8 @@ moe_routing *moe_routing_retain(moe_routing *r) {
 void moe_routing_free(moe_routing *r) {
   if (r == NULL || --r->refs > 0) return;
   for (int i = 0; i < MOE_PLAN_LISTS; i++) moe_release(r->plan[i]);
-  moe_tensor *const held[] = {r->weight, r->mask, r->dispatch, r->combine, r->dropped_token, r->dropped_expert, r->demand};
+  moe_tensor *const held[] = {r->weight,        r->mask,           r->dispatch, r->combine,
+                              r->dropped_token, r->dropped_expert, r->demand};
   for (size_t i = 0; i < sizeof held / sizeof *held; i++) moe_release(held[i]);
   free(r);
 }
@@ -49,7 +50,8 @@ static moe_status plan_make(moe_routing *r, const entries *e, int64_t tokens, bo
   moe_plan p = moe_plan_of(list, r->experts);
   p.tokens = tokens;
   p.rows = n;
-  MOE_TRY(MOE_RUN(dev, "routing", route_sort, &p, moe_data_i64(e->token), moe_data_i64(e->expert), moe_data_i64(e->source), ordered));
+  MOE_TRY(MOE_RUN(dev, "routing", route_sort, &p, moe_data_i64(e->token), moe_data_i64(e->expert),
+                  moe_data_i64(e->source), ordered));
   if (p.groups < groups) {
     const int64_t step = 1, ng = p.groups, ns = p.groups + 1;
     list[MOE_PLAN_EXPERT] = moe_view_of(list[MOE_PLAN_EXPERT], 1, &ng, &step, 0);
@@ -66,33 +68,41 @@ static bool entries_room(entries *e, int64_t n, moe_device *dev) {
 
 /* --- checking --- */
 
-static moe_status check_index(const char *fname, const moe_tensor *index, const moe_tensor *weight, const char *wanted) {
+static moe_status check_index(const char *fname, const moe_tensor *index, const moe_tensor *weight,
+                              const char *wanted) {
   char a[MOE_SHAPE_TEXT], b[MOE_SHAPE_TEXT];
   if (index->ndim != 2 || moe_dtype_is_float(index->dtype) || index->dtype == MOE_bool)
-    return moe_fail(MOE_EINVAL, "%s: index is a %s tensor %s, wanted integers %s", fname, moe_dtype_name(index->dtype), moe_shape_of(a, index), wanted);
+    return moe_fail(MOE_EINVAL, "%s: index is a %s tensor %s, wanted integers %s", fname,
+                    moe_dtype_name(index->dtype), moe_shape_of(a, index), wanted);
   if (weight && !moe_same_shape(index, weight))
-    return moe_fail(MOE_EINVAL, "%s: weight is %s, but index is %s", fname, moe_shape_of(b, weight), moe_shape_of(a, index));
+    return moe_fail(MOE_EINVAL, "%s: weight is %s, but index is %s", fname, moe_shape_of(b, weight),
+                    moe_shape_of(a, index));
   if (weight && !moe_dtype_is_float(weight->dtype))
     return moe_fail(MOE_EINVAL, "%s: weight must be of floats, got %s", fname, moe_dtype_name(weight->dtype));
   if (weight && moe_dev(weight) != moe_dev(index))
-    return moe_fail(MOE_EDEVICE, "%s: index is on %s, weight on %s", fname, moe_dev(index)->name, moe_dev(weight)->name);
+    return moe_fail(MOE_EDEVICE, "%s: index is on %s, weight on %s", fname, moe_dev(index)->name,
+                    moe_dev(weight)->name);
   return MOE_OK;
 }
 
 static moe_status check_mask(const char *fname, const moe_tensor *mask, int64_t tokens) {
   char a[MOE_SHAPE_TEXT];
   if (mask == NULL || (moe_numel(mask) == tokens && !moe_dtype_is_float(mask->dtype))) return MOE_OK;
-  return moe_fail(MOE_EINVAL, "%s: mask is a %s tensor %s, wanted bool [%lld], true for the tokens that take part", fname,
+  return moe_fail(MOE_EINVAL,
+                  "%s: mask is a %s tensor %s, wanted bool [%lld], true for the tokens that take part", fname,
                   moe_dtype_name(mask->dtype), moe_shape_of(a, mask), (long long)tokens);
 }
 
 /* --- making --- */
 
 /* What the three sparse constructors share; `from` is a dense i64 index or dense gates. */
-static moe_routing *make(const char *fname, moe_tensor *from, moe_tensor *weight, moe_tensor *mask, int64_t tokens, int64_t experts,
-                         int64_t outer, int64_t inner, moe_choice kind, int base) {
+static moe_routing *make(const char *fname, moe_tensor *from, moe_tensor *weight, moe_tensor *mask,
+                         int64_t tokens, int64_t experts, int64_t outer, int64_t inner, moe_choice kind,
+                         int base) {
   moe_status st = check_mask(fname, mask, tokens);
-  if (st == MOE_OK && experts < 1) st = moe_fail(MOE_EINVAL, "%s: num_experts must be at least 1, got %lld", fname, (long long)experts);
+  if (st == MOE_OK && (experts < 1 || experts > INT32_MAX))
+    st = moe_fail(MOE_EINVAL, "%s: num_experts must be at least 1 and below 2^31, got %lld", fname,
+                  (long long)experts);
   moe_routing *r = st == MOE_OK ? routing_new(tokens, experts) : NULL;
   if (r == NULL) return NULL;
   moe_scope s = moe_scope_open();
@@ -100,9 +110,10 @@ static moe_routing *make(const char *fname, moe_tensor *from, moe_tensor *weight
   moe_tensor *ms = mask ? moe_dense(mask, MOE_bool) : NULL;
   st = MOE_EINVAL;
   if (from && (!mask || ms) && entries_room(&e, moe_numel(from), moe_dev(from))) {
-    st = MOE_RUN(moe_dev(from), fname, route_entries, moe_data_i64(e.token), moe_data_i64(e.expert), moe_data_i64(e.source), &e.rows,
-                 &r->masked, &r->none, moe_data(from), from->dtype, ms ? moe_data(ms) : NULL, outer, inner,
-                 kind == MOE_CHOICE_EXPERT ? tokens : experts, kind, base);
+    st = MOE_RUN(moe_dev(from), fname, route_entries, moe_data_i64(e.token), moe_data_i64(e.expert),
+                 moe_data_i64(e.source), &e.rows, &r->masked, &r->none, moe_data(from), from->dtype,
+                 ms ? moe_data(ms) : NULL, outer, inner, kind == MOE_CHOICE_EXPERT ? tokens : experts, kind,
+                 base);
     if (st != MOE_OK) moe_fail_prefix(fname);
     if (st == MOE_OK) st = plan_make(r, &e, tokens, kind != MOE_CHOICE_EXPERT);
   }
@@ -114,26 +125,29 @@ static moe_routing *make(const char *fname, moe_tensor *from, moe_tensor *weight
   return NULL;
 }
 
-moe_routing *moe_routing_topk(moe_tensor *index, moe_tensor *weight, int64_t experts, moe_tensor *mask, int base) {
+moe_routing *moe_routing_topk(moe_tensor *index, moe_tensor *weight, int64_t experts, moe_tensor *mask,
+                              int base) {
   const char *fname = "routing.topk";
   if (check_index(fname, index, weight, "[tokens, k]") != MOE_OK) return NULL;
   moe_scope s = moe_scope_open();
-  moe_routing *r = make(fname, moe_dense(index, MOE_i64), weight, mask, index->shape[0], experts, index->shape[0], index->shape[1],
-                        MOE_CHOICE_TOKEN, base);
+  moe_routing *r = make(fname, moe_dense(index, MOE_i64), weight, mask, index->shape[0], experts,
+                        index->shape[0], index->shape[1], MOE_CHOICE_TOKEN, base);
   moe_scope_close(s);
   return r;
 }
 
-moe_routing *moe_routing_experts(moe_tensor *index, moe_tensor *weight, int64_t tokens, moe_tensor *mask, int base) {
+moe_routing *moe_routing_experts(moe_tensor *index, moe_tensor *weight, int64_t tokens, moe_tensor *mask,
+                                 int base) {
   const char *fname = "routing.experts";
   if (check_index(fname, index, weight, "[experts, capacity]") != MOE_OK) return NULL;
-  if (tokens < 0) {
-    moe_fail(MOE_EINVAL, "%s: num_tokens must not be negative, got %lld", fname, (long long)tokens);
+  if (tokens < 0 || tokens > (int64_t)1 << 40) {
+    moe_fail(MOE_EINVAL, "%s: num_tokens must not be negative and at most 2^40, got %lld", fname,
+             (long long)tokens);
     return NULL;
   }
   moe_scope s = moe_scope_open();
-  moe_routing *r = make(fname, moe_dense(index, MOE_i64), weight, mask, tokens, index->shape[0], index->shape[0], index->shape[1],
-                        MOE_CHOICE_EXPERT, base);
+  moe_routing *r = make(fname, moe_dense(index, MOE_i64), weight, mask, tokens, index->shape[0],
+                        index->shape[0], index->shape[1], MOE_CHOICE_EXPERT, base);
   moe_scope_close(s);
   return r;
 }
@@ -142,12 +156,13 @@ moe_routing *moe_routing_dense(moe_tensor *gates, moe_tensor *mask) {
   const char *fname = "routing.dense";
   char a[MOE_SHAPE_TEXT];
   if (gates->ndim != 2 || !moe_dtype_is_float(gates->dtype)) {
-    moe_fail(MOE_EINVAL, "%s: gates is a %s tensor %s, wanted floats [tokens, experts]", fname, moe_dtype_name(gates->dtype), moe_shape_of(a, gates));
+    moe_fail(MOE_EINVAL, "%s: gates is a %s tensor %s, wanted floats [tokens, experts]", fname,
+             moe_dtype_name(gates->dtype), moe_shape_of(a, gates));
     return NULL;
   }
   moe_scope s = moe_scope_open();
-  moe_routing *r = make(fname, moe_dense(gates, moe_dtype_compute(gates->dtype)), gates, mask, gates->shape[0], gates->shape[1],
-                        gates->shape[0], gates->shape[1], MOE_CHOICE_DENSE, 0);
+  moe_routing *r = make(fname, moe_dense(gates, moe_dtype_compute(gates->dtype)), gates, mask, gates->shape[0],
+                        gates->shape[1], gates->shape[0], gates->shape[1], MOE_CHOICE_DENSE, 0);
   moe_scope_close(s);
   return r;
 }
@@ -173,8 +188,12 @@ moe_routing *moe_routing_soft(moe_tensor *dispatch, moe_tensor *combine) {
   int nd = dispatch->ndim;
   if ((nd != 3 && nd != 4) || !moe_dtype_is_float(dispatch->dtype) || !moe_dtype_is_float(combine->dtype) ||
       !moe_same_shape(dispatch, combine) || dispatch->shape[nd - 2] < 1) {
-    moe_fail(MOE_EINVAL, "%s: dispatch is %s %s and combine %s %s; wanted floats of one shape, [tokens, experts, slots] or [batch, time, experts, slots]",
-             fname, moe_dtype_name(dispatch->dtype), moe_shape_of(a, dispatch), moe_dtype_name(combine->dtype), moe_shape_of(b, combine));
+    moe_fail(
+        MOE_EINVAL,
+        "%s: dispatch is %s %s and combine %s %s; wanted floats of one "
+             "shape, [tokens, experts, slots] or [batch, time, experts, slots]",
+        fname, moe_dtype_name(dispatch->dtype), moe_shape_of(a, dispatch), moe_dtype_name(combine->dtype),
+        moe_shape_of(b, combine));
     return NULL;
   }
   int64_t batch = nd == 4 ? dispatch->shape[0] : 1;
@@ -203,8 +222,10 @@ static bool rows_kept(entries *e, const moe_routing *r, const uint8_t *keep, boo
   }
   int64_t *token = host, *source = host + n, *expert = host + 2 * n, at = 0;
   moe_tensor *experts = moe_routing_expert(r, 0);
-  bool ok = experts && entries_room(e, count, moe_dev(experts)) && moe_read(experts, expert, MOE_i64) == MOE_OK &&
-            moe_read(r->plan[MOE_PLAN_TOKEN], token, MOE_i64) == MOE_OK && moe_read(r->plan[MOE_PLAN_SOURCE], source, MOE_i64) == MOE_OK;
+  bool ok = experts && entries_room(e, count, moe_dev(experts)) &&
+            moe_read(experts, expert, MOE_i64) == MOE_OK &&
+            moe_read(r->plan[MOE_PLAN_TOKEN], token, MOE_i64) == MOE_OK &&
+            moe_read(r->plan[MOE_PLAN_SOURCE], source, MOE_i64) == MOE_OK;
   for (int64_t i = 0; ok && i < n; i++)
     if ((keep[i] != 0) == want) {
       token[at] = token[i];
@@ -224,13 +245,15 @@ static moe_status limit(moe_routing *out, const moe_routing *r, int64_t capacity
   moe_tensor *keep = moe_empty(1, &n, MOE_u8, moe_dev(r->plan[0]));
   moe_tensor *w = r->weight ? moe_dense(r->weight, moe_dtype_compute(r->weight->dtype)) : NULL;
   if (keep == NULL || (r->weight && w == NULL)) return moe_error_code();
-  MOE_TRY(MOE_RUN(moe_dev(keep), "routing:limit", route_limit, moe_data(keep), &p, w ? moe_data(w) : NULL, w ? w->dtype : MOE_f32, capacity, policy));
+  MOE_TRY(MOE_RUN(moe_dev(keep), "routing:limit", route_limit, moe_data(keep), &p, w ? moe_data(w) : NULL,
+                  w ? w->dtype : MOE_f32, capacity, policy));
   uint8_t *host = malloc((size_t)MOE_MAX(n, 1));
   if (host == NULL) return moe_fail(MOE_ENOMEM, "out of memory for a routing");
   moe_status st = moe_read(keep, host, MOE_u8);
   for (int64_t i = 0; st == MOE_OK && i < n; i++) kept += host[i];
   entries stay, go;
-  if (st == MOE_OK && !(rows_kept(&stay, r, host, true, kept) && rows_kept(&go, r, host, false, n - kept))) st = moe_error_code();
+  if (st == MOE_OK && !(rows_kept(&stay, r, host, true, kept) && rows_kept(&go, r, host, false, n - kept)))
+    st = moe_error_code();
   free(host);
   if (st != MOE_OK) return st;
   MOE_TRY(plan_make(out, &stay, p.tokens, false));

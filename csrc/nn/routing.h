@@ -19,16 +19,18 @@ typedef struct moe_routing {
   /* Lost assignments: of masked tokens, named 0 by the router, beyond an expert's capacity. */
   int64_t masked, none, dropped;
   moe_tensor *dropped_token, *dropped_expert; /* i64 [dropped], from 0; NULL when dropped == 0 */
-  moe_tensor *demand;                         /* i64 [experts]: the load before capacity; NULL: as the load is now */
+  moe_tensor *demand; /* i64 [experts]: the load before capacity; NULL: as the load is now */
 } moe_routing;
 
 /* Owned; NULL with an error. `base`: what index counts from; base - 1 is "none". mask may be NULL. */
 /* index [T, k] of experts, weight [T, k] or NULL */
-moe_routing *moe_routing_topk(moe_tensor *index, moe_tensor *weight, int64_t experts, moe_tensor *mask, int base);
+moe_routing *moe_routing_topk(moe_tensor *index, moe_tensor *weight, int64_t experts, moe_tensor *mask,
+                              int base);
 /* the gates of [T, E] that are not zero */
 moe_routing *moe_routing_dense(moe_tensor *gates, moe_tensor *mask);
 /* index [E, C] of tokens, weight [E, C] or NULL */
-moe_routing *moe_routing_experts(moe_tensor *index, moe_tensor *weight, int64_t tokens, moe_tensor *mask, int base);
+moe_routing *moe_routing_experts(moe_tensor *index, moe_tensor *weight, int64_t tokens, moe_tensor *mask,
+                                 int base);
 moe_routing *moe_routing_soft(moe_tensor *dispatch, moe_tensor *combine);
 /* The same with at most `capacity` assignments an expert. */
 moe_routing *moe_routing_limit(const moe_routing *r, int64_t capacity, moe_drop policy);
@@ -41,8 +43,8 @@ static inline moe_plan moe_routing_plan(const moe_routing *r) { return moe_plan_
 moe_tensor *moe_routing_load(const moe_routing *r);
 /* The sum of every expert's weights, f32 [experts], scoped */
 moe_tensor *moe_routing_importance(const moe_routing *r);
-/* Lists for a reader who counts from `base`, scoped: the expert of every row; where every expert's rows begin, [experts + 1];
-** one of the plan's lists of tokens, sources or slots. */
+/* Lists for a reader who counts from `base`, scoped: the expert of every row; where every expert's rows begin,
+** [experts + 1]; one of the plan's lists of tokens, sources or slots. */
 moe_tensor *moe_routing_expert(const moe_routing *r, int base);
 moe_tensor *moe_routing_offsets(const moe_routing *r, int base);
 moe_tensor *moe_routing_list(moe_tensor *list, int base);

@@ -154,6 +154,39 @@ describe("attention", function()
         assert.same({ 2, case.num_kv_heads or case.num_heads, 9, dim }, state.k.shape)
       end)
 
+      it("decodes without recording, also from branches: " .. text(case), function()
+        moe.manual_seed(5)
+        local m = make(case)
+        local x = moe.randn(2, 100, case.d_model, { dtype = "f64" })
+        local other = moe.randn(2, 3, case.d_model, { dtype = "f64" })
+        local whole = m(x)
+        moe.no_grad(function()
+          local state, parts, kept, before = m:state(2), {}, nil, nil
+          for t = 1, 100 do
+            parts[t], state = m(x:narrow(2, t, 1), state)
+            if t == 40 then kept, before = state, state.k:totable() end
+          end
+          assert.close(whole, moe.cat(parts, 2), { rtol = 1e-10, atol = 1e-12 })
+          -- the state after 40 is still what it was, and may be continued twice
+          assert.same(before, kept.k:totable())
+          local branch = moe.cat({ x:narrow(2, 1, 40), other }, 2)
+          local want = m(branch):narrow(2, 41, 3)
+          local first, after = m(other, kept)
+          assert.close(want, first, { rtol = 1e-10, atol = 1e-12 })
+          assert.close(want, (m(other, kept)), { rtol = 1e-10, atol = 1e-12 })
+          assert.same({ 2, case.num_kv_heads or case.num_heads, 43 }, { after.k.shape[1], after.k.shape[2], after.k.shape[3] })
+          assert.close(whole:narrow(2, 41, 2), (m(x:narrow(2, 41, 2), kept)), { rtol = 1e-10, atol = 1e-12 })
+          assert.close(whole:narrow(2, 100, 1), (m(x:narrow(2, 100, 1), { k = state.k:narrow(3, 1, 99), v = state.v:narrow(3, 1, 99) })),
+            { rtol = 1e-10, atol = 1e-12 })
+        end)
+        -- recording continues from what was made without
+        local _, state = moe.no_grad(function() return m(x:narrow(2, 1, 50), m:state(2)) end)
+        local y = m(x:narrow(2, 51, 50), state)
+        assert.close(whole:narrow(2, 51, 50), y, { rtol = 1e-10, atol = 1e-12 })
+        y:sum():backward()
+        assert.truthy(m.qkv_proj.weight.grad)
+      end)
+
       it("sees nothing of the future: " .. text(case), function()
         local m = make(case)
         local x = moe.randn(1, 6, case.d_model, { dtype = "f64" })
