@@ -177,7 +177,6 @@ static int run_backward(lua_State *L) { /* protected: (ctx light userdata, funct
   return 0;
 }
 
-/* What a protected call of a closure needs; the stack below it holds copies of the running call's values. */
 typedef struct protected_call {
   int64_t id;
   lua_CFunction run; /* gets (argument light, closure) */
@@ -185,14 +184,11 @@ typedef struct protected_call {
 } protected_call;
 
 static int find_and_run(lua_State *L) {
-  const protected_call *p = lua_touserdata(L, lua_gettop(L));
-  lua_pop(L, 1);
-  if (!moeL_anchor_find(L, p->id))
-    return luaL_error(L, "backward: a custom function's closure is out of reach (no tensor that leads to it is an argument)");
+  const protected_call *p = lua_touserdata(L, 1);
   lua_pushcfunction(L, p->run);
-  lua_insert(L, -2);
   lua_pushlightuserdata(L, p->arg);
-  lua_insert(L, -2);
+  if (!moeL_anchor_find(L, p->id))
+    return luaL_error(L, "backward: the function of a hook or of moe.fn was collected; keep its tensor in a variable until then");
   lua_call(L, 2, 0);
   return 0;
 }
@@ -201,13 +197,12 @@ static int find_and_run(lua_State *L) {
 static moe_status call_closure(lua_State *L, int64_t id, lua_CFunction fn, void *arg) {
   int top = lua_gettop(L);
   protected_call p = {id, fn, arg};
-  if (!lua_checkstack(L, top + 8)) return moe_fail(MOE_ENOMEM, "not enough memory for the Lua stack");
+  if (!lua_checkstack(L, 8)) return moe_fail(MOE_ENOMEM, "not enough memory for the Lua stack");
   moe_env *env = moe_env_now();
   bool grad_off = env->grad_off;
   lua_pushcfunction(L, find_and_run);
-  for (int i = 1; i <= top; i++) lua_pushvalue(L, i);
   lua_pushlightuserdata(L, &p);
-  int st = lua_pcall(L, top + 1, 0, 0);
+  int st = lua_pcall(L, 1, 0, 0);
   env->grad_off = grad_off;
   if (st != LUA_OK) moeL_keep_error(L);
   lua_settop(L, top);

@@ -98,7 +98,7 @@ void moeL_tensor_from_table(lua_State *L, int idx, const char *fname, moe_dtype 
 /* --- anchor.c: Lua closures that take part in a graph live in user values, so that cycles die --- */
 /* Registers the function at fn_idx under a fresh id and ties it to the tensor box at box_idx (user value 1). */
 int64_t moeL_anchor_add(lua_State *L, int box_idx, int fn_idx);
-/* Pushes the function with that id, searching what hangs on the boxes at stack positions 1..top of the running call; false: gone. */
+/* Pushes the function with that id; false (and nothing pushed): it was collected. */
 /* Ties the box at idx to the closures of all other boxes on the stack. May raise. */
 void moeL_anchor_inherit(lua_State *L, int idx);
 bool moeL_anchor_find(lua_State *L, int64_t id);
