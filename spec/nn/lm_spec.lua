@@ -103,6 +103,30 @@ describe("lm", function()
     end)
   end
 
+  for name, options in pairs {
+    gpt = { bias = true, max_seq_len = 6 },
+    llama = { positional = "rope", norm = "rmsnorm", activation = "swiglu", num_kv_heads = 1, tie_embeddings = false,
+      intermediate_size = 12 },
+  } do
+    it("equals PyTorch's layers: " .. name, function()
+      local case = require("spec.fixture.lm")[name]
+      local m = lm(merge({ vocab_size = 7, d_model = 8, num_layers = 2, num_heads = 2 }, options)):to "f64"
+      local state = {}
+      for k, v in pairs(case.weights) do state[k] = moe.tensor(v, { dtype = "f64" }) end
+      m:load_state_dict(state)
+      local logits = m(moe.tensor(case.ids, { dtype = "i64" }))
+      assert.close(case.logits, logits, { rtol = 1e-7, atol = 1e-8 })
+      local loss = logits:reshape(-1, 7):cross_entropy(moe.tensor(case.target, { dtype = "i64" }):reshape(-1))
+      assert.close(case.loss, loss:item(), { rtol = 1e-8 })
+      loss:backward()
+      for k, p in m:named_parameters() do
+        local g = p.grad:reshape(-1)
+        local direction = moe.arange(1, #g, { dtype = "f64" }):sin()
+        assert.close(case.gradients[k], { g:square():sum():item(), (g * direction):sum():item() }, { rtol = 1e-6, atol = 1e-9 })
+      end
+    end)
+  end
+
   it("of nanoGPT's small setting has its parameters and its start", function()
     moe.manual_seed(5)
     local m = lm { vocab_size = 65, d_model = 128, num_layers = 4, num_heads = 4, max_seq_len = 64 }

@@ -359,12 +359,11 @@ describe("memory of modules", function()
   } do
     it("is not lost when it runs out: " .. name, function()
       work()
-      local before, n, failures, ok = live(), 0, 0, nil
+      local before, n, failures = live(), 0, 0
       repeat
         n = n + 1
         moe.core.fail_after(n)
-        local message
-        ok, message = pcall(work)
+        local ok, message = pcall(work)
         moe.core.fail_after(0)
         if not ok then
           failures = failures + 1
