@@ -8,11 +8,11 @@
 #include "cpu/vmath.h"
 
 enum {
-  SCRATCH = 7,       /* the scratch slot of these kernels */
-  TILE_ROWS = 256,   /* rows of a tile at most (or half as many again): packing a panel of weights then costs 1/256 of a product */
-  TILE_LEAST = 32,   /* ... and at least, where the whole routing is small */
-  WHOLE_ROWS = 512,  /* an expert with more rows is cut in the backward */
-  STRIPE_ROWS = 512, /* rows gathered at a time for a stripe of weight gradients */
+  SCRATCH = 7,        /* the scratch slot of these kernels */
+  TILE_ROWS = 256,    /* rows of a tile, or half as many again: packing the weights then costs 1/256 of a product */
+  TILE_LEAST = 32,    /* ... and at least, where the whole routing is small */
+  WHOLE_ROWS = 512,   /* an expert with more rows is cut in the backward */
+  STRIPE_ROWS = 512,  /* rows gathered at a time for a stripe of weight gradients */
   TASK_MACS = 1 << 20 /* small experts share a task up to so many multiplications */
 };
 
@@ -26,9 +26,9 @@ typedef struct ffn_task {
 typedef struct ffn_job {
   const moe_ffn *f;
   ffn_task *task;
-  atomic_int failed; /* out of scratch */
-  void *y, *gx;      /* [rows, d] */
-  void *h;           /* the forward's [rows, F], or NULL */
+  atomic_int failed;  /* out of scratch */
+  void *y, *gx;       /* [rows, d] */
+  void *h;            /* the forward's [rows, F], or NULL */
   const void *hidden; /* the same, as the backward reads it */
   const void *gy;
   void *gw_in, *gw_out, *gb_in, *gb_out, *gweight;
@@ -182,7 +182,8 @@ static void fwd_task(void *arg, int64_t i, int worker) {
   if (t->at >= 0)
     BY_TYPE(job->f->dtype, fwd_tile, job, t->g0, t->r0, t->r1);
   else
-    for (int64_t g = t->g0; g < t->g1; g++) BY_TYPE(job->f->dtype, fwd_tile, job, g, p->start[g], p->start[g + 1]);
+    for (int64_t g = t->g0; g < t->g1; g++)
+      BY_TYPE(job->f->dtype, fwd_tile, job, g, p->start[g], p->start[g + 1]);
 }
 
 static void run_rows(moe_range_fn *fn, rows_job *j, int64_t n, int64_t elements) {
@@ -203,7 +204,8 @@ moe_status MOE_CPU(ffn)(void *y, void *h, const moe_ffn *f) {
     st = finish(&job);
     if (st == MOE_OK && !p->dense) {
       rows_job c = {p, y, job.y, f->weight, f->d_out};
-      run_rows(f->dtype == MOE_f64 ? combine_f64 : combine_f32, &c, p->tokens, (p->rows + p->tokens) * f->d_out);
+      run_rows(f->dtype == MOE_f64 ? combine_f64 : combine_f32, &c, p->tokens,
+               (p->rows + p->tokens) * f->d_out);
     }
   } else {
     st = moe_error_code();
@@ -232,13 +234,20 @@ static void stripe_task(void *arg, int64_t i, int worker) {
   BY_TYPE(job->f->dtype, bwd_stripe, job, t->g0, t->r0, t->r1, t->at);
 }
 
-moe_status MOE_CPU(ffn_bwd)(void *gx, void *gw_in, void *gw_out, void *gb_in, void *gb_out, void *gweight, int64_t nweight,
-                            const void *gy, const void *h, const moe_ffn *f) {
+moe_status MOE_CPU(ffn_bwd)(void *gx, void *gw_in, void *gw_out, void *gb_in, void *gb_out, void *gweight,
+                            int64_t nweight, const void *gy, const void *h, const moe_ffn *f) {
   const moe_plan *p = &f->plan;
   int64_t size = moe_dtype_size(f->dtype), I = f->hidden, F = f->gated ? 2 * I : I;
   int64_t macs = I * (f->d_in * (f->gated ? 2 : 1) + f->d_out), cut_rows = 0, gx_bytes = 0;
-  ffn_job job = {.f = f, .hidden = h, .gy = gy, .gx = gx, .gw_in = gw_in, .gw_out = gw_out, .gb_in = gb_in,
-                 .gb_out = gb_out, .gweight = gweight};
+  ffn_job job = {.f = f,
+                 .hidden = h,
+                 .gy = gy,
+                 .gx = gx,
+                 .gw_in = gw_in,
+                 .gw_out = gw_out,
+                 .gb_in = gb_in,
+                 .gb_out = gb_out,
+                 .gweight = gweight};
   task_list tasks = {0}, stripes = {0};
   moe_status st = MOE_ENOMEM;
   zero_idle(gw_in, p, F * f->d_in * size);
@@ -281,20 +290,22 @@ done:
 
 /* --- rows and tokens --- */
 
-moe_status MOE_CPU(route_gather)(void *y, const void *x, const void *weight, const moe_plan *p, int64_t d, moe_dtype dt) {
+moe_status MOE_CPU(route_gather)(void *y, const void *x, const void *weight, const moe_plan *p, int64_t d,
+                                 moe_dtype dt) {
   rows_job j = {p, y, x, weight, d};
   run_rows(dt == MOE_f64 ? gather_f64 : gather_f32, &j, p->rows, p->rows * d);
   return MOE_OK;
 }
 
-moe_status MOE_CPU(route_combine)(void *y, const void *x, const void *weight, const moe_plan *p, int64_t d, moe_dtype dt) {
+moe_status MOE_CPU(route_combine)(void *y, const void *x, const void *weight, const moe_plan *p, int64_t d,
+                                  moe_dtype dt) {
   rows_job j = {p, y, x, weight, d};
   run_rows(dt == MOE_f64 ? combine_f64 : combine_f32, &j, p->tokens, (p->rows + p->tokens) * d);
   return MOE_OK;
 }
 
-moe_status MOE_CPU(route_dots)(void *gweight, int64_t nweight, const void *a, const void *b, const moe_plan *p, int64_t d,
-                               moe_dtype dt) {
+moe_status MOE_CPU(route_dots)(void *gweight, int64_t nweight, const void *a, const void *b, const moe_plan *p,
+                               int64_t d, moe_dtype dt) {
   memset(gweight, 0, (size_t)(nweight * moe_dtype_size(dt)));
   rows_job j = {p, gweight, a, b, d};
   run_rows(dt == MOE_f64 ? dots_f64 : dots_f32, &j, p->rows, p->rows * d);
@@ -304,15 +315,15 @@ moe_status MOE_CPU(route_dots)(void *gweight, int64_t nweight, const void *a, co
 /* --- grouped linear --- */
 
 /* Runs fn over the rows of each task's groups. */
-#define LINEAR_TASK(name, fn)                                                                             \
-  static void name(void *arg, int64_t i, int worker) {                                                    \
-    (void)worker;                                                                                         \
-    linear_job *j = arg;                                                                                  \
-    const ffn_task *t = j->task + i;                                                                      \
-    if (t->at >= 0)                                                                                       \
-      fn(j, t->g0, t->r0, t->r1);                                                                         \
-    else                                                                                                  \
-      for (int64_t g = t->g0; g < t->g1; g++) fn(j, g, j->plan->start[g], j->plan->start[g + 1]);          \
+#define LINEAR_TASK(name, fn)                                                                     \
+  static void name(void *arg, int64_t i, int worker) {                                            \
+    (void)worker;                                                                                 \
+    linear_job *j = arg;                                                                          \
+    const ffn_task *t = j->task + i;                                                              \
+    if (t->at >= 0)                                                                               \
+      fn(j, t->g0, t->r0, t->r1);                                                                 \
+    else                                                                                          \
+      for (int64_t g = t->g0; g < t->g1; g++) fn(j, g, j->plan->start[g], j->plan->start[g + 1]); \
   }
 LINEAR_TASK(linear_fwd_task_f32, linear_fwd_f32)
 LINEAR_TASK(linear_fwd_task_f64, linear_fwd_f64)
@@ -321,8 +332,8 @@ LINEAR_TASK(linear_gx_task_f64, linear_gx_f64)
 LINEAR_TASK(linear_gw_task_f32, linear_gw_f32)
 LINEAR_TASK(linear_gw_task_f64, linear_gw_f64)
 
-moe_status MOE_CPU(grouped_linear)(void *y, const void *x, const void *w, const void *b, const moe_plan *p, int64_t n,
-                                   int64_t k, moe_dtype dt) {
+moe_status MOE_CPU(grouped_linear)(void *y, const void *x, const void *w, const void *b, const moe_plan *p,
+                                   int64_t n, int64_t k, moe_dtype dt) {
   linear_job j = {.plan = p, .y = y, .x = x, .w = w, .b = b, .n = n, .k = k};
   task_list tasks = {0};
   bool ok = make_tasks(&tasks, p, n * k, true, NULL);
@@ -332,8 +343,8 @@ moe_status MOE_CPU(grouped_linear)(void *y, const void *x, const void *w, const 
   return ok ? MOE_OK : moe_error_code();
 }
 
-moe_status MOE_CPU(grouped_linear_bwd)(void *gx, void *gw, void *gb, const void *g, const void *x, const void *w,
-                                       const moe_plan *p, int64_t n, int64_t k, moe_dtype dt) {
+moe_status MOE_CPU(grouped_linear_bwd)(void *gx, void *gw, void *gb, const void *g, const void *x,
+                                       const void *w, const moe_plan *p, int64_t n, int64_t k, moe_dtype dt) {
   linear_job j = {.plan = p, .gx = gx, .gw = gw, .gb = gb, .g = g, .x = x, .w = w, .n = n, .k = k};
   task_list tasks = {0}, stripes = {0};
   bool ok = true;

@@ -55,50 +55,52 @@ static inline void R(identity)(REAL x, REAL *f, REAL *df) {
 
 /* Over one row: a [n] of h [n], or gated of h = [gate [n], up [n]]. The backward takes da = w_out^T dy without the
 ** row's weight w; writes dh, wa = w a; returns <da, a>. */
-#define ACT(name)                                                                                                   \
-  static void R(name##_fwd)(REAL *restrict a, const REAL *restrict h, int64_t n, bool gated) {                       \
-    const REAL *restrict up = h + n;                                                                                \
-    REAL f, df;                                                                                                     \
-    if (gated)                                                                                                      \
-      for (int64_t i = 0; i < n; i++) {                                                                             \
-        R(name)(h[i], &f, &df);                                                                                     \
-        a[i] = f * up[i];                                                                                           \
-      }                                                                                                             \
-    else                                                                                                            \
-      for (int64_t i = 0; i < n; i++) {                                                                             \
-        R(name)(h[i], &f, &df);                                                                                     \
-        a[i] = f;                                                                                                   \
-      }                                                                                                             \
-  }                                                                                                                 \
-  static REAL R(name##_bwd)(REAL *restrict dh, REAL *restrict wa, const REAL *restrict da, const REAL *restrict h,   \
-                            int64_t n, bool gated, REAL w) {                                                        \
-    const REAL *restrict up = h + n;                                                                                \
-    REAL *restrict dup = dh + n;                                                                                    \
-    REAL f, df, s = 0;                                                                                              \
-    if (gated)                                                                                                      \
-      _Pragma("omp simd private(f, df) reduction(+ : s)") for (int64_t i = 0; i < n; i++) {                         \
-        R(name)(h[i], &f, &df);                                                                                     \
-        REAL g = w * da[i], a = f * up[i];                                                                          \
-        s += da[i] * a;                                                                                             \
-        wa[i] = w * a;                                                                                              \
-        dup[i] = g * f;                                                                                             \
-        dh[i] = g * up[i] * df;                                                                                     \
-      }                                                                                                             \
-    else                                                                                                            \
-      _Pragma("omp simd private(f, df) reduction(+ : s)") for (int64_t i = 0; i < n; i++) {                         \
-        R(name)(h[i], &f, &df);                                                                                     \
-        s += da[i] * f;                                                                                             \
-        wa[i] = w * f;                                                                                              \
-        dh[i] = w * da[i] * df;                                                                                     \
-      }                                                                                                             \
-    return s;                                                                                                       \
+#define ACT(name)                                                                                    \
+  static void R(name##_fwd)(REAL *restrict a, const REAL *restrict h, int64_t n, bool gated) {       \
+    const REAL *restrict up = h + n;                                                                 \
+    REAL f, df;                                                                                      \
+    if (gated)                                                                                       \
+      for (int64_t i = 0; i < n; i++) {                                                              \
+        R(name)(h[i], &f, &df);                                                                      \
+        a[i] = f * up[i];                                                                            \
+      }                                                                                              \
+    else                                                                                             \
+      for (int64_t i = 0; i < n; i++) {                                                              \
+        R(name)(h[i], &f, &df);                                                                      \
+        a[i] = f;                                                                                    \
+      }                                                                                              \
+  }                                                                                                  \
+  static REAL R(name##_bwd)(REAL *restrict dh, REAL *restrict wa, const REAL *restrict da,           \
+                            const REAL *restrict h, int64_t n, bool gated, REAL w) {                 \
+    const REAL *restrict up = h + n;                                                                 \
+    REAL *restrict dup = dh + n;                                                                     \
+    REAL f, df, s = 0;                                                                               \
+    if (gated) _Pragma("omp simd private(f, df) reduction(+ : s)") for (int64_t i = 0; i < n; i++) { \
+        R(name)(h[i], &f, &df);                                                                      \
+        REAL g = w * da[i], a = f * up[i];                                                           \
+        s += da[i] * a;                                                                              \
+        wa[i] = w * a;                                                                               \
+        dup[i] = g * f;                                                                              \
+        dh[i] = g * up[i] * df;                                                                      \
+      }                                                                                              \
+    else                                                                                             \
+      _Pragma("omp simd private(f, df) reduction(+ : s)") for (int64_t i = 0; i < n; i++) {          \
+        R(name)(h[i], &f, &df);                                                                      \
+        s += da[i] * f;                                                                              \
+        wa[i] = w * f;                                                                               \
+        dh[i] = w * da[i] * df;                                                                      \
+      }                                                                                              \
+    return s;                                                                                        \
   }
 MOE_ACTS(ACT)
 #undef ACT
 
+typedef void R(act_fwd)(REAL *restrict a, const REAL *restrict h, int64_t n, bool gated);
+typedef REAL R(act_bwd)(REAL *restrict dh, REAL *restrict wa, const REAL *restrict da, const REAL *restrict h,
+                        int64_t n, bool gated, REAL w);
 static const struct {
-  void (*fwd)(REAL *restrict a, const REAL *restrict h, int64_t n, bool gated);
-  REAL (*bwd)(REAL *restrict dh, REAL *restrict wa, const REAL *restrict da, const REAL *restrict h, int64_t n, bool gated, REAL w);
+  R(act_fwd) * fwd;
+  R(act_bwd) * bwd;
 } R(acts)[MOE_ACT_COUNT] = {
 #define X(name) [MOE_ACT_##name] = {R(name##_fwd), R(name##_bwd)},
     MOE_ACTS(X)
@@ -119,7 +121,8 @@ static inline void R(fill_rows)(REAL *y, const REAL *row, int64_t m, int64_t n) 
 }
 
 /* y [n] <- sum over rows of scale[r] x[r], scale NULL = 1 */
-static void R(sum_rows)(REAL *restrict y, const REAL *restrict x, const REAL *scale, int64_t m, int64_t n, int64_t ld) {
+static void R(sum_rows)(REAL *restrict y, const REAL *restrict x, const REAL *scale, int64_t m, int64_t n,
+                        int64_t ld) {
   for (int64_t i = 0; i < n; i++) y[i] = 0;
   for (int64_t r = 0; r < m; r++) {
     REAL s = scale ? scale[r] : 1;
@@ -137,7 +140,8 @@ static void R(nt)(int64_t m, int64_t n, int64_t k, const REAL *a, const REAL *b,
     GEMM(false, true, m, n, k, 1, a, k, b, k, add ? 1 : 0, c, n);
     return;
   }
-  const REAL *restrict a0 = a, *restrict a1 = a + k, *restrict a2 = a + MOE_MIN(2, m - 1) * k, *restrict a3 = a + (m - 1) * k;
+  const REAL *restrict a0 = a, *restrict a1 = a + k, *restrict a2 = a + MOE_MIN(2, m - 1) * k,
+                       *restrict a3 = a + (m - 1) * k;
   for (int64_t j = 0; j < n; j++) {
     const REAL *restrict bj = b + j * k;
     REAL s[4], s0 = 0, s1 = 0, s2 = 0, s3 = 0;
@@ -181,16 +185,17 @@ static void R(nn)(int64_t m, int64_t n, int64_t k, const REAL *a, const REAL *b,
 }
 
 /* c [m, n] (row stride ldc) = a [rows, m]^T b [rows, n] (+ c), row strides lda, ldb */
-static void R(tn)(int64_t m, int64_t n, int64_t rows, const REAL *a, int64_t lda, const REAL *b, int64_t ldb, bool add, REAL *c,
-                  int64_t ldc) {
+static void R(tn)(int64_t m, int64_t n, int64_t rows, const REAL *a, int64_t lda, const REAL *b, int64_t ldb,
+                  bool add, REAL *c, int64_t ldc) {
   if (rows < 1 || rows > R(FEW)) {
     GEMM(true, false, m, n, rows, 1, a, lda, b, ldb, add ? 1 : 0, c, ldc);
     return;
   }
-  const REAL *restrict b0 = b, *restrict b1 = b + MOE_MIN(1, rows - 1) * ldb, *restrict b2 = b + MOE_MIN(2, rows - 1) * ldb,
-             *restrict b3 = b + (rows - 1) * ldb;
+  const REAL *restrict b0 = b, *restrict b1 = b + MOE_MIN(1, rows - 1) * ldb,
+                       *restrict b2 = b + MOE_MIN(2, rows - 1) * ldb, *restrict b3 = b + (rows - 1) * ldb;
   for (int64_t i = 0; i < m; i++) {
-    REAL v0 = a[i], v1 = rows > 1 ? a[lda + i] : 0, v2 = rows > 2 ? a[2 * lda + i] : 0, v3 = rows > 3 ? a[3 * lda + i] : 0;
+    REAL v0 = a[i], v1 = rows > 1 ? a[lda + i] : 0, v2 = rows > 2 ? a[2 * lda + i] : 0,
+         v3 = rows > 3 ? a[3 * lda + i] : 0;
     REAL *restrict ci = c + i * ldc;
     if (!add)
       for (int64_t j = 0; j < n; j++) ci[j] = 0;
@@ -223,7 +228,8 @@ static void R(fwd_tile)(ffn_job *job, int64_t g, int64_t r0, int64_t r1) {
     atomic_store(&job->failed, 1);
     return;
   }
-  REAL *a = room + m * f->d_in, *h = job->h ? (REAL *)job->h + r0 * F : a + m * I, *y = (REAL *)job->y + r0 * f->d_out;
+  REAL *a = room + m * f->d_in, *h = job->h ? (REAL *)job->h + r0 * F : a + m * I,
+       *y = (REAL *)job->y + r0 * f->d_out;
   const REAL *x = R(rows_of)(&f->plan, f->x, f->d_in, r0, r1, room);
   if (f->b_in) R(fill_rows)(h, (const REAL *)f->b_in + e * F, m, F);
   R(nt)(m, F, f->d_in, x, (const REAL *)f->w_in + e * F * f->d_in, f->b_in != NULL, h);
@@ -236,7 +242,8 @@ static void R(fwd_tile)(ffn_job *job, int64_t g, int64_t r0, int64_t r1) {
 
 /* Hidden gradients of rows [r0, r1) of group g into dh [m, F] and wa [m, I]; dy [m, d_out] their gathered output
 ** gradients, da [m, I] room. Also the gradients of the rows' weights and of their inputs. */
-static void R(bwd_tile)(ffn_job *job, int64_t g, int64_t r0, int64_t r1, REAL *dh, REAL *wa, const REAL *dy, REAL *da) {
+static void R(bwd_tile)(ffn_job *job, int64_t g, int64_t r0, int64_t r1, REAL *dh, REAL *wa, const REAL *dy,
+                        REAL *da) {
   const moe_ffn *f = job->f;
   const moe_plan *p = &f->plan;
   int64_t m = r1 - r0, e = p->expert[g], F = f->gated ? 2 * f->hidden : f->hidden, I = f->hidden;
@@ -246,12 +253,15 @@ static void R(bwd_tile)(ffn_job *job, int64_t g, int64_t r0, int64_t r1, REAL *d
   for (int64_t r = 0; r < m; r++) {
     REAL w = weight ? weight[p->source[r0 + r]] : 1;
     REAL s = R(acts)[f->act].bwd(dh + r * F, wa + r * I, da + r * I, h + r * F, I, f->gated, w);
-    if (job->gweight) ((REAL *)job->gweight)[p->source[r0 + r]] = b_out ? s + R(dot)(dy + r * f->d_out, b_out, f->d_out) : s;
+    if (job->gweight)
+      ((REAL *)job->gweight)[p->source[r0 + r]] = b_out ? s + R(dot)(dy + r * f->d_out, b_out, f->d_out) : s;
   }
-  if (job->gx) R(nn)(m, f->d_in, F, dh, (const REAL *)f->w_in + e * F * f->d_in, (REAL *)job->gx + r0 * f->d_in);
+  if (job->gx)
+    R(nn)(m, f->d_in, F, dh, (const REAL *)f->w_in + e * F * f->d_in, (REAL *)job->gx + r0 * f->d_in);
 }
 
-static void R(bias_out)(const ffn_job *job, REAL *gb, const REAL *dy, int64_t r0, int64_t r1, int64_t o0, int64_t o1, bool add) {
+static void R(bias_out)(const ffn_job *job, REAL *gb, const REAL *dy, int64_t r0, int64_t r1, int64_t o0,
+                        int64_t o1, bool add) {
   const moe_ffn *f = job->f;
   const REAL *weight = f->weight;
   if (!add)
@@ -323,7 +333,8 @@ static void R(bwd_stripe)(ffn_job *job, int64_t g, int64_t i0, int64_t i1, int64
     if (gw_out || job->gb_out) {
       const REAL *dy = R(rows_of)(p, job->gy, dout, r0, r0 + m, room);
       if (gw_out) R(tn)(dout, w, m, dy, dout, wa + r * I + i0, I, r > 0, gw_out + i0, I);
-      if (job->gb_out) R(bias_out)(job, (REAL *)job->gb_out + e * dout, dy, r0, r0 + m, dout * i0 / I, dout * i1 / I, r > 0);
+      if (job->gb_out)
+        R(bias_out)(job, (REAL *)job->gb_out + e * dout, dy, r0, r0 + m, dout * i0 / I, dout * i1 / I, r > 0);
     }
   }
   if (job->gb_in) {
@@ -389,8 +400,8 @@ static void R(dots)(void *arg, int64_t begin, int64_t end, int worker) {
   const rows_job *j = arg;
   const moe_plan *p = j->plan;
   for (int64_t r = begin; r < end; r++)
-    ((REAL *)j->y)[p->source[r]] =
-        R(dot)((const REAL *)j->x + (p->dense ? r : p->token[r]) * j->d, (const REAL *)j->weight + r * j->d, j->d);
+    ((REAL *)j->y)[p->source[r]] = R(dot)((const REAL *)j->x + (p->dense ? r : p->token[r]) * j->d,
+                                          (const REAL *)j->weight + r * j->d, j->d);
 }
 
 /* --- grouped linear: rows [r0, r1) of group g --- */
@@ -404,7 +415,9 @@ static void R(linear_fwd)(linear_job *j, int64_t g, int64_t r0, int64_t r1) {
 
 static void R(linear_gx)(linear_job *j, int64_t g, int64_t r0, int64_t r1) {
   int64_t e = j->plan->expert[g];
-  R(nn)(r1 - r0, j->k, j->n, (const REAL *)j->g + r0 * j->n, (const REAL *)j->w + e * j->n * j->k, (REAL *)j->gx + r0 * j->k);
+  R(nn)
+  (r1 - r0, j->k, j->n, (const REAL *)j->g + r0 * j->n, (const REAL *)j->w + e * j->n * j->k,
+   (REAL *)j->gx + r0 * j->k);
 }
 
 /* Outputs [n0, n1) of all of group g's rows. */
@@ -412,6 +425,8 @@ static void R(linear_gw)(linear_job *j, int64_t g, int64_t n0, int64_t n1) {
   int64_t e = j->plan->expert[g], r0 = j->plan->start[g], m = j->plan->start[g + 1] - r0;
   const REAL *dy = (const REAL *)j->g + r0 * j->n + n0;
   if (j->gw)
-    R(tn)(n1 - n0, j->k, m, dy, j->n, (const REAL *)j->x + r0 * j->k, j->k, false, (REAL *)j->gw + (e * j->n + n0) * j->k, j->k);
+    R(tn)
+    (n1 - n0, j->k, m, dy, j->n, (const REAL *)j->x + r0 * j->k, j->k, false,
+     (REAL *)j->gw + (e * j->n + n0) * j->k, j->k);
   if (j->gb) R(sum_rows)((REAL *)j->gb + e * j->n + n0, dy, NULL, m, n1 - n0, j->n);
 }

@@ -50,15 +50,29 @@ static moe_status router_run(router_job *j, moe_range_fn *fn) {
 
 moe_status MOE_CPU(router_topk)(void *weight, int64_t *index, void *score, const void *logits, const void *bias,
                                 const uint8_t *mask, const moe_topk_options *o, moe_dtype dt, int64_t base) {
-  router_job j = {.o = o, .weight = weight, .index = index, .score = score, .logits = logits, .bias = bias, .mask = mask, .base = base};
+  router_job j = {.o = o,
+                  .weight = weight,
+                  .index = index,
+                  .score = score,
+                  .logits = logits,
+                  .bias = bias,
+                  .mask = mask,
+                  .base = base};
   return router_run(&j, dt == MOE_f64 ? topk_rows_f64 : topk_rows_f32);
 }
 
 moe_status MOE_CPU(router_topk_bwd)(void *glogits, const void *gweight, const void *gscore, const void *score,
-                                    const void *weight, const int64_t *index, const uint8_t *mask, const moe_topk_options *o,
-                                    moe_dtype dt, int64_t base) {
-  router_job j = {.o = o, .glogits = glogits, .gweight = gweight, .gscore = gscore, .saved_score = score,
-                  .saved_weight = weight, .saved_index = index, .mask = mask, .base = base};
+                                    const void *weight, const int64_t *index, const uint8_t *mask,
+                                    const moe_topk_options *o, moe_dtype dt, int64_t base) {
+  router_job j = {.o = o,
+                  .glogits = glogits,
+                  .gweight = gweight,
+                  .gscore = gscore,
+                  .saved_score = score,
+                  .saved_weight = weight,
+                  .saved_index = index,
+                  .mask = mask,
+                  .base = base};
   return router_run(&j, dt == MOE_f64 ? topk_rows_bwd_f64 : topk_rows_bwd_f32);
 }
 
@@ -68,9 +82,10 @@ static inline bool gate_on(const void *gates, moe_dtype dt, int64_t i) {
   return dt == MOE_f64 ? ((const double *)gates)[i] != 0 : ((const float *)gates)[i] != 0;
 }
 
-moe_status MOE_CPU(route_entries)(int64_t *token, int64_t *expert, int64_t *source, int64_t *rows, int64_t *masked,
-                                  int64_t *none, const void *from, moe_dtype dt, const uint8_t *mask, int64_t outer,
-                                  int64_t inner, int64_t limit, moe_choice kind, int64_t base) {
+moe_status MOE_CPU(route_entries)(int64_t *token, int64_t *expert, int64_t *source, int64_t *rows,
+                                  int64_t *masked, int64_t *none, const void *from, moe_dtype dt,
+                                  const uint8_t *mask, int64_t outer, int64_t inner, int64_t limit,
+                                  moe_choice kind, int64_t base) {
   int64_t n = 0;
   *masked = *none = 0;
   for (int64_t o = 0; o < outer; o++) {
@@ -81,9 +96,9 @@ moe_status MOE_CPU(route_entries)(int64_t *token, int64_t *expert, int64_t *sour
       } else {
         value = ((const int64_t *)from)[at] - base;
         if (value < -1 || value >= limit)
-          return moe_fail(MOE_EINVAL, "index [%lld, %lld] is %lld; wanted %lld to %lld, or %lld for none", (long long)o + 1,
-                          (long long)i + 1, (long long)(value + base), (long long)base, (long long)(limit - 1 + base),
-                          (long long)base - 1);
+          return moe_fail(MOE_EINVAL, "index [%lld, %lld] is %lld; wanted %lld to %lld, or %lld for none",
+                          (long long)o + 1, (long long)i + 1, (long long)(value + base), (long long)base,
+                          (long long)(limit - 1 + base), (long long)base - 1);
       }
       int64_t t = kind == MOE_CHOICE_EXPERT ? value : o;
       if (mask && t >= 0 && !mask[t]) {
@@ -103,10 +118,10 @@ moe_status MOE_CPU(route_entries)(int64_t *token, int64_t *expert, int64_t *sour
   return MOE_OK;
 }
 
-/* Stable: out [n] <- in [n] (NULL: 0 .. n - 1) in order of key[in]. Counts over the whole range of keys where that is no
-** longer than the list, else over 11 bits at a time. `count` has room for `buckets` numbers. */
-static void sort_pass(int64_t *out, const int64_t *in, const int64_t *key, int64_t n, int shift, int64_t mask, int64_t *count,
-                      int64_t buckets) {
+/* One pass, stable: out [n] <- in [n] (NULL: 0 .. n - 1) in order of the bits `mask` of key[in] >> shift. `count`
+** has room for `buckets` numbers: the whole range of keys where that is about as long as the list, else 2^11. */
+static void sort_pass(int64_t *out, const int64_t *in, const int64_t *key, int64_t n, int shift, int64_t mask,
+                      int64_t *count, int64_t buckets) {
   memset(count, 0, (size_t)buckets * sizeof *count);
   for (int64_t i = 0; i < n; i++) count[key[i] >> shift & mask]++;
   int64_t at = 0;
@@ -129,8 +144,8 @@ static int64_t sort_buckets(int64_t n, int64_t range) {
   return size <= MOE_MAX(4 * n, 1 << RADIX_BITS) ? size : 1 << RADIX_BITS;
 }
 
-static void stable_sort(int64_t *out, int64_t *spare, const int64_t *in, const int64_t *key, int64_t n, int64_t range,
-                        int64_t *count) {
+static void stable_sort(int64_t *out, int64_t *spare, const int64_t *in, const int64_t *key, int64_t n,
+                        int64_t range, int64_t *count) {
   int64_t buckets = sort_buckets(n, range);
   int bits = 0, passes = 0;
   while ((int64_t)1 << bits < buckets) bits++;
@@ -143,7 +158,8 @@ static void stable_sort(int64_t *out, int64_t *spare, const int64_t *in, const i
   }
 }
 
-moe_status MOE_CPU(route_sort)(moe_plan *p, const int64_t *token, const int64_t *expert, const int64_t *source, bool ordered) {
+moe_status MOE_CPU(route_sort)(moe_plan *p, const int64_t *token, const int64_t *expert, const int64_t *source,
+                               bool ordered) {
   int64_t n = p->rows, buckets = MOE_MAX(sort_buckets(n, p->experts), sort_buckets(n, p->tokens));
   int64_t bytes = (3 * n + buckets) * (int64_t)sizeof(int64_t);
   int64_t *room = moe_scratch(SCRATCH, bytes);
@@ -189,7 +205,8 @@ static int by_weight(const void *pa, const void *pb) {
   return a->row < b->row ? -1 : 1;
 }
 
-moe_status MOE_CPU(route_limit)(uint8_t *keep, const moe_plan *p, const void *weight, moe_dtype dt, int64_t capacity, moe_drop policy) {
+moe_status MOE_CPU(route_limit)(uint8_t *keep, const moe_plan *p, const void *weight, moe_dtype dt,
+                                int64_t capacity, moe_drop policy) {
   int64_t most = 0;
   for (int64_t g = 0; g < p->groups; g++) most = MOE_MAX(most, p->start[g + 1] - p->start[g]);
   wanted *list = most > capacity ? malloc((size_t)most * sizeof *list) : NULL;

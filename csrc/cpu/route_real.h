@@ -27,7 +27,8 @@ static void R(score_row)(REAL *restrict s, const REAL *restrict x, int64_t n, in
 
 /* The k largest of key [n] into best [k], in order; equals, and then NaN, in order of position. One pass: most keys
 ** lose against the k-th best at once. */
-static void R(choose)(int64_t *restrict best, REAL *restrict value, const REAL *restrict key, int64_t n, int64_t k) {
+static void R(choose)(int64_t *restrict best, REAL *restrict value, const REAL *restrict key, int64_t n,
+                      int64_t k) {
   int64_t have = 0;
   for (int64_t e = 0; e < n; e++) {
     REAL v = key[e] == key[e] ? key[e] : -(REAL)INFINITY;
@@ -65,7 +66,8 @@ static void R(topk_rows)(void *arg, int64_t begin, int64_t end, int worker) {
   router_job *j = arg;
   const moe_topk_options *o = j->o;
   int64_t E = o->experts, k = o->top_k, most = MOE_MAX(MOE_MAX(k, o->n_group), o->group_top);
-  char *room = moe_scratch(SCRATCH, (E + 2 * most) * (int64_t)sizeof(REAL) + most * (int64_t)sizeof(int64_t) + 64);
+  char *room =
+      moe_scratch(SCRATCH, (E + 2 * most) * (int64_t)sizeof(REAL) + most * (int64_t)sizeof(int64_t) + 64);
   if (room == NULL) {
     atomic_store(&j->failed, FAILED_MEMORY);
     return;
@@ -129,7 +131,8 @@ static void R(score_row_bwd)(REAL *restrict g, const REAL *restrict s, int64_t n
     for (int64_t e = 0; e < n; e++) g[e] *= s[e] * (1 - s[e]);
   } else if (score == MOE_SCORE_SQRTSOFTPLUS) {
     /* s^2 = softplus(x), so sigmoid(x) = 1 - exp(-s^2); its ratio to s tends to s as s does to 0 */
-    for (int64_t e = 0; e < n; e++) g[e] *= s[e] > (REAL)1e-18 ? -VM1(expm1)(-s[e] * s[e]) / (2 * s[e]) : s[e] / 2;
+    for (int64_t e = 0; e < n; e++)
+      g[e] *= s[e] > (REAL)1e-18 ? -VM1(expm1)(-s[e] * s[e]) / (2 * s[e]) : s[e] / 2;
   } else {
     for (int64_t e = 0; e < n; e++) g[e] = s[e] > 0 ? g[e] : 0;
   }
@@ -162,7 +165,8 @@ static void R(topk_rows_bwd)(void *arg, int64_t begin, int64_t end, int worker) 
       const REAL *gw = (const REAL *)j->gweight + t * k, *w = (const REAL *)j->saved_weight + t * k;
       after = o->score_after && o->score == MOE_SCORE_SOFTMAX;
       /* u: the chosen scores before they were normalised; a softmax over the chosen is normal already */
-      for (int64_t i = 0; i < k; i++) u[i] = after ? (o->scale != 0 ? w[i] / (REAL)o->scale : 0) : score[index[i] - j->base];
+      for (int64_t i = 0; i < k; i++)
+        u[i] = after ? (o->scale != 0 ? w[i] / (REAL)o->scale : 0) : score[index[i] - j->base];
       for (int64_t i = 0; i < k; i++) gu[i] = (REAL)o->scale * gw[i];
       if (o->normalise && !after) {
         REAL sum = TINY, dot = 0;

@@ -1,5 +1,5 @@
-/* Routings in Lua: userdata "moe.Routing", their constructors, and the operations that take one. The table core._sparse
-** holds them; lua/moe/routing.lua and lua/moe/experts.lua are the face.
+/* Routings in Lua: userdata "moe.Routing", their constructors, and the operations that take one. The table
+** core._sparse holds them; lua/moe/routing.lua and lua/moe/experts.lua are the face.
 **
 ** User value 1 of a routing is a table of what hangs on it: the tensors it was made from (so that gradients and
 ** the closures behind them live as long), probs, logits, losses, and whatever a router of one's own puts there. */
@@ -27,8 +27,10 @@ static moeL_routing *push_empty(lua_State *L) {
 
 static moe_routing *check_routing(lua_State *L, int arg, const char *fname) {
   moeL_routing *box = luaL_testudata(L, arg, MOEL_ROUTING);
-  if (box == NULL) moeL_argerror(L, fname, arg, "routing", "a routing");
-  else if (box->r == NULL) luaL_error(L, "%s: the routing is closed", fname);
+  if (box == NULL)
+    moeL_argerror(L, fname, arg, "routing", "a routing");
+  else if (box->r == NULL)
+    luaL_error(L, "%s: the routing is closed", fname);
   return box ? box->r : NULL;
 }
 
@@ -53,7 +55,8 @@ static void keep(lua_State *L, int arg, const char *name) {
 /* topk(index, weight?, num_experts, mask?) */
 static int sparse_topk(lua_State *L) {
   const char *fname = "routing.topk";
-  moe_tensor *index = moeL_checktensor(L, 1, fname), *weight = opt_tensor(L, 2, fname), *mask = opt_tensor(L, 4, fname);
+  moe_tensor *index = moeL_checktensor(L, 1, fname), *weight = opt_tensor(L, 2, fname),
+             *mask = opt_tensor(L, 4, fname);
   int64_t experts = check_count(L, 3, fname, "num_experts");
   lua_settop(L, 4);
   moeL_routing *box = push_empty(L);
@@ -84,7 +87,8 @@ static int sparse_dense(lua_State *L) {
 /* experts(index, weight?, num_tokens, mask?) */
 static int sparse_experts(lua_State *L) {
   const char *fname = "routing.experts";
-  moe_tensor *index = moeL_checktensor(L, 1, fname), *weight = opt_tensor(L, 2, fname), *mask = opt_tensor(L, 4, fname);
+  moe_tensor *index = moeL_checktensor(L, 1, fname), *weight = opt_tensor(L, 2, fname),
+             *mask = opt_tensor(L, 4, fname);
   int64_t tokens = check_count(L, 3, fname, "num_tokens");
   lua_settop(L, 4);
   moeL_routing *box = push_empty(L);
@@ -100,7 +104,8 @@ static int sparse_experts(lua_State *L) {
 
 /* soft(dispatch, combine) */
 static int sparse_soft(lua_State *L) {
-  moe_tensor *dispatch = moeL_checktensor(L, 1, "routing.soft"), *combine = moeL_checktensor(L, 2, "routing.soft");
+  moe_tensor *dispatch = moeL_checktensor(L, 1, "routing.soft"),
+             *combine = moeL_checktensor(L, 2, "routing.soft");
   lua_settop(L, 2);
   moeL_routing *box = push_empty(L);
   keep(L, 1, "dispatch");
@@ -120,7 +125,8 @@ static int routing_limit(lua_State *L) {
   const char *word = luaL_optstring(L, 3, "probs");
   int policy = 0;
   while (policies[policy] && strcmp(policies[policy], word) != 0) policy++;
-  if (policies[policy] == NULL) return luaL_error(L, "routing:limit: unknown drop policy '%s' (probs, position)", word);
+  if (policies[policy] == NULL)
+    return luaL_error(L, "routing:limit: unknown drop policy '%s' (probs, position)", word);
   lua_settop(L, 3);
   moeL_routing *box = push_empty(L);
   lua_getiuservalue(L, 1, 1);
@@ -129,8 +135,10 @@ static int routing_limit(lua_State *L) {
     bool weight = lua_type(L, -2) == LUA_TSTRING && strcmp(lua_tostring(L, -2), "weight") == 0;
     lua_pushvalue(L, -2);
     lua_insert(L, -2);
-    if (weight) lua_pop(L, 2);
-    else lua_rawset(L, -5);
+    if (weight)
+      lua_pop(L, 2);
+    else
+      lua_rawset(L, -5);
   }
   lua_pop(L, 2);
   moeL_frame f;
@@ -171,24 +179,33 @@ static int finish(lua_State *L, moeL_frame *f, int box, moe_tensor *y) {
   return n;
 }
 
+/* Under moe.autocast the products are taken in its type; the router's weights stay as they are. */
+static moe_tensor *autocast(moe_tensor *t) {
+  int dtype = moe_env_now()->autocast;
+  return t != NULL && dtype != 0 && t->dtype == MOE_f32 ? MOE_CALL(cast, T(t), I(dtype)) : t;
+}
+
 /* ffn(x, w_in, w_out, b_in, b_out, routing, act, gated); without a routing: one dense network */
 static int sparse_ffn(lua_State *L) {
   const char *fname = "experts";
   lua_settop(L, 8);
-  moe_tensor *x = moeL_checktensor(L, 1, fname), *w_in = moeL_checktensor(L, 2, fname), *w_out = moeL_checktensor(L, 3, fname);
+  moe_tensor *x = moeL_checktensor(L, 1, fname), *w_in = moeL_checktensor(L, 2, fname),
+             *w_out = moeL_checktensor(L, 3, fname);
   moe_tensor *b_in = opt_tensor(L, 4, fname), *b_out = opt_tensor(L, 5, fname);
   moe_routing *r = lua_isnil(L, 6) ? NULL : check_routing(L, 6, fname);
   int64_t act = check_choice(L, 7, MOE_OP_expert_ffn, 7, fname);
   bool gated = lua_toboolean(L, 8);
   int64_t experts = w_in->ndim > 0 ? w_in->shape[0] : 0;
   if (r && r->experts != experts)
-    return luaL_error(L, "%s: the routing is over %I experts, the bank has %I", fname, (LUAI_UACINT)r->experts, (LUAI_UACINT)experts);
+    return luaL_error(L, "%s: the routing is over %I experts, the bank has %I", fname, (LUAI_UACINT)r->experts,
+                      (LUAI_UACINT)experts);
   if (r) push_gate(L, 6);
   moeL_box(L);
   int box = lua_gettop(L);
   moeL_frame f;
   moeL_enter(L, &f);
-  moe_tensor *y = MOE_CALL(expert_ffn, T(x), T(w_in), T(w_out), T(b_in), T(b_out), T(r ? r->weight : NULL), plan_value(r), I(act), I(gated));
+  moe_tensor *y = MOE_CALL(expert_ffn, T(autocast(x)), T(autocast(w_in)), T(autocast(w_out)), T(autocast(b_in)),
+                           T(autocast(b_out)), T(r ? r->weight : NULL), plan_value(r), I(act), I(gated));
   return finish(L, &f, box, y);
 }
 
@@ -219,26 +236,29 @@ static int routing_combine(lua_State *L) {
 /* routing:linear(x, w, b?): each row of x [A, k] times its expert's w [n, k] */
 static int routing_linear(lua_State *L) {
   moe_routing *r = check_routing(L, 1, "routing:linear");
-  moe_tensor *x = moeL_checktensor(L, 2, "routing:linear"), *w = moeL_checktensor(L, 3, "routing:linear"), *b = opt_tensor(L, 4, "routing:linear");
+  moe_tensor *x = moeL_checktensor(L, 2, "routing:linear"), *w = moeL_checktensor(L, 3, "routing:linear"),
+             *b = opt_tensor(L, 4, "routing:linear");
   moeL_box(L);
   int box = lua_gettop(L);
   moeL_frame f;
   moeL_enter(L, &f);
-  return finish(L, &f, box, MOE_CALL(expert_linear, T(x), T(w), T(b), plan_value(r), I(r->experts)));
+  return finish(
+      L, &f, box,
+      MOE_CALL(expert_linear, T(autocast(x)), T(autocast(w)), T(autocast(b)), plan_value(r), I(r->experts)));
 }
 
 /* --- reading --- */
 
 /* A fresh tensor made by one of the core's readers. */
-#define PUSH_MADE(L, expr)                                        \
-  do {                                                            \
-    moeL_box(L);                                                  \
-    int box_ = lua_gettop(L);                                     \
-    moeL_frame f_;                                                \
-    moeL_enter(L, &f_);                                           \
-    moe_tensor *t_ = (expr);                                      \
-    if (t_ != NULL) moeL_fill(L, box_, t_);                       \
-    moeL_leave(L, &f_, t_ ? MOE_OK : moe_error_code(), 1);        \
+#define PUSH_MADE(L, expr)                                 \
+  do {                                                     \
+    moeL_box(L);                                           \
+    int box_ = lua_gettop(L);                              \
+    moeL_frame f_;                                         \
+    moeL_enter(L, &f_);                                    \
+    moe_tensor *t_ = (expr);                               \
+    if (t_ != NULL) moeL_fill(L, box_, t_);                \
+    moeL_leave(L, &f_, t_ ? MOE_OK : moe_error_code(), 1); \
   } while (0)
 
 static int routing_load(lua_State *L) {
@@ -267,10 +287,25 @@ static moe_tensor *sorted_weights(moe_routing *r) {
   return MOE_CALL(index_select, T(w), I(0), T(r->plan[MOE_PLAN_SOURCE]));
 }
 
-enum { FIELD_TOKENS, FIELD_EXPERTS, FIELD_ASSIGNMENTS, FIELD_DROPPED, FIELD_MASKED, FIELD_NONE, FIELD_TOKEN, FIELD_EXPERT, FIELD_SOURCE,
-       FIELD_OFFSETS, FIELD_WEIGHT, FIELD_DROPPED_TOKEN, FIELD_DROPPED_EXPERT, FIELD_COUNT };
-static const char *const computed[FIELD_COUNT] = {"num_tokens", "num_experts", "num_assignments", "dropped", "masked", "unassigned", "token",
-                                                  "expert", "source", "offsets", "weight", "dropped_token", "dropped_expert"};
+enum {
+  FIELD_TOKENS,
+  FIELD_EXPERTS,
+  FIELD_ASSIGNMENTS,
+  FIELD_DROPPED,
+  FIELD_MASKED,
+  FIELD_NONE,
+  FIELD_TOKEN,
+  FIELD_EXPERT,
+  FIELD_SOURCE,
+  FIELD_OFFSETS,
+  FIELD_WEIGHT,
+  FIELD_DROPPED_TOKEN,
+  FIELD_DROPPED_EXPERT,
+  FIELD_COUNT
+};
+static const char *const computed[FIELD_COUNT] = {
+    "num_tokens", "num_experts", "num_assignments", "dropped", "masked",        "unassigned",    "token",
+    "expert",     "source",      "offsets",         "weight",  "dropped_token", "dropped_expert"};
 
 static int find_computed(const char *key) {
   int i = 0;
@@ -279,8 +314,10 @@ static int find_computed(const char *key) {
 }
 
 static void push_list_or_nil(lua_State *L, moe_tensor *list) {
-  if (list == NULL) lua_pushnil(L);
-  else PUSH_MADE(L, moe_routing_list(list, 1));
+  if (list == NULL)
+    lua_pushnil(L);
+  else
+    PUSH_MADE(L, moe_routing_list(list, 1));
 }
 
 /* upvalue 2: the methods */
@@ -344,7 +381,8 @@ static int routing_tostring(lua_State *L) {
     lua_call(L, 1, 1);
     return 1;
   }
-  lua_pushfstring(L, "moe.Routing: %I tokens, %I experts", (LUAI_UACINT)box->r->tokens, (LUAI_UACINT)box->r->experts);
+  lua_pushfstring(L, "moe.Routing: %I tokens, %I experts", (LUAI_UACINT)box->r->tokens,
+                  (LUAI_UACINT)box->r->experts);
   return 1;
 }
 
@@ -364,11 +402,14 @@ static int sparse_is_routing(lua_State *L) {
 }
 
 void moeL_open_routing(lua_State *L) {
-  static const luaL_Reg methods[] = {{"limit", routing_limit},   {"gather", routing_gather}, {"combine", routing_combine},
-                                     {"linear", routing_linear}, {"load", routing_load},     {"demand", routing_demand},
-                                     {"importance", routing_importance}, {"close", routing_close}, {NULL, NULL}};
-  static const luaL_Reg functions[] = {{"topk", sparse_topk}, {"dense", sparse_dense}, {"experts", sparse_experts},
-                                       {"soft", sparse_soft}, {"ffn", sparse_ffn},     {"is_routing", sparse_is_routing}, {NULL, NULL}};
+  static const luaL_Reg methods[] = {
+      {"limit", routing_limit},           {"gather", routing_gather}, {"combine", routing_combine},
+      {"linear", routing_linear},         {"load", routing_load},     {"demand", routing_demand},
+      {"importance", routing_importance}, {"close", routing_close},   {NULL, NULL}};
+  static const luaL_Reg functions[] = {
+      {"topk", sparse_topk}, {"dense", sparse_dense}, {"experts", sparse_experts},
+      {"soft", sparse_soft}, {"ffn", sparse_ffn},     {"is_routing", sparse_is_routing},
+      {NULL, NULL}};
   static const struct {
     const char *event;
     lua_CFunction fn;

@@ -19,7 +19,13 @@ static void plan_make(call_plan *cp, moe_tensor *const *lists, int64_t experts, 
   cp->expert[0] = 0;
   cp->start[0] = 0;
   cp->start[1] = tokens;
-  cp->p = (moe_plan){.dense = true, .tokens = tokens, .experts = 1, .rows = tokens, .groups = tokens > 0, .expert = cp->expert, .start = cp->start};
+  cp->p = (moe_plan){.dense = true,
+                     .tokens = tokens,
+                     .experts = 1,
+                     .rows = tokens,
+                     .groups = tokens > 0,
+                     .expert = cp->expert,
+                     .start = cp->start};
 }
 
 static moe_tensor **lists_of(const moe_ctx *c, int i) {
@@ -52,28 +58,31 @@ static void *data_or_null(moe_tensor *t) { return t ? moe_data(t) : NULL; }
 
 enum { FFN_X, FFN_W_IN, FFN_W_OUT, FFN_B_IN, FFN_B_OUT, FFN_WEIGHT, FFN_PLAN, FFN_ACT, FFN_GATED };
 
-static moe_status check_shape(moe_ctx *c, const char *name, const moe_tensor *t, int ndim, const int64_t *want_shape) {
+static moe_status check_shape(moe_ctx *c, const char *name, const moe_tensor *t, int ndim,
+                              const int64_t *want_shape) {
   bool ok = t->ndim == ndim;
   for (int d = 0; ok && d < ndim; d++) ok = t->shape[d] == want_shape[d];
   if (ok && moe_dtype_is_float(t->dtype)) return MOE_OK;
   char a[MOE_SHAPE_TEXT], b[MOE_SHAPE_TEXT];
-  return OP_FAIL(c, "%s is a %s tensor %s, wanted floats %s", name, moe_dtype_name(t->dtype), moe_shape_of(a, t),
-                 moe_shape_text(b, ndim, want_shape));
+  return OP_FAIL(c, "%s is a %s tensor %s, wanted floats %s", name, moe_dtype_name(t->dtype),
+                 moe_shape_of(a, t), moe_shape_text(b, ndim, want_shape));
 }
 
 static moe_status ffn_check(moe_ctx *c, moe_tensor *const *t, bool gated) {
   static const char *const names[] = {"x", "w_in", "w_out"};
   char a[MOE_SHAPE_TEXT], b[MOE_SHAPE_TEXT], s[MOE_SHAPE_TEXT];
   for (int i = FFN_X; i <= FFN_W_OUT; i++)
-    if (!moe_dtype_is_float(t[i]->dtype)) return OP_FAIL(c, "%s must be of floats, got %s", names[i], moe_dtype_name(t[i]->dtype));
+    if (!moe_dtype_is_float(t[i]->dtype))
+      return OP_FAIL(c, "%s must be of floats, got %s", names[i], moe_dtype_name(t[i]->dtype));
   const moe_tensor *x = t[FFN_X], *w_in = t[FFN_W_IN], *w_out = t[FFN_W_OUT];
   if (w_in->ndim != 3 || w_out->ndim != 3 || w_in->shape[0] != w_out->shape[0] ||
       w_in->shape[1] != (gated ? 2 : 1) * w_out->shape[2] || moe_numel(w_in) == 0 || moe_numel(w_out) == 0)
-    return OP_FAIL(c, "weights do not fit each other: w_in is %s, w_out is %s, wanted [E, %sI, d] and [E, d_out, I]",
-                   moe_shape_of(a, w_in), moe_shape_of(b, w_out), gated ? "2*" : "");
+    return OP_FAIL(
+        c, "weights do not fit each other: w_in is %s, w_out is %s, wanted [E, %sI, d] and [E, d_out, I]",
+        moe_shape_of(a, w_in), moe_shape_of(b, w_out), gated ? "2*" : "");
   if (x->ndim < 1 || x->shape[x->ndim - 1] != w_in->shape[2])
-    return OP_FAIL(c, "x is %s, but the experts take vectors of %lld (w_in is %s)", moe_shape_of(s, x), (long long)w_in->shape[2],
-                   moe_shape_of(a, w_in));
+    return OP_FAIL(c, "x is %s, but the experts take vectors of %lld (w_in is %s)", moe_shape_of(s, x),
+                   (long long)w_in->shape[2], moe_shape_of(a, w_in));
   if (t[FFN_B_IN]) MOE_TRY(check_shape(c, "b_in", t[FFN_B_IN], 2, w_in->shape));
   if (t[FFN_B_OUT]) MOE_TRY(check_shape(c, "b_out", t[FFN_B_OUT], 2, w_out->shape));
   if (t[FFN_WEIGHT] && !moe_dtype_is_float(t[FFN_WEIGHT]->dtype))
@@ -82,9 +91,18 @@ static moe_status ffn_check(moe_ctx *c, moe_tensor *const *t, bool gated) {
 }
 
 static void ffn_fill(moe_ffn *f, moe_tensor *const *t, const moe_plan *p, moe_dtype ct, int act, bool gated) {
-  *f = (moe_ffn){.plan = *p, .dtype = ct, .act = act, .gated = gated, .d_in = t[FFN_W_IN]->shape[2], .hidden = t[FFN_W_OUT]->shape[2],
-                 .d_out = t[FFN_W_OUT]->shape[1], .x = data_or_null(t[FFN_X]), .w_in = moe_data(t[FFN_W_IN]),
-                 .w_out = moe_data(t[FFN_W_OUT]), .b_in = data_or_null(t[FFN_B_IN]), .b_out = data_or_null(t[FFN_B_OUT]),
+  *f = (moe_ffn){.plan = *p,
+                 .dtype = ct,
+                 .act = act,
+                 .gated = gated,
+                 .d_in = t[FFN_W_IN]->shape[2],
+                 .hidden = t[FFN_W_OUT]->shape[2],
+                 .d_out = t[FFN_W_OUT]->shape[1],
+                 .x = data_or_null(t[FFN_X]),
+                 .w_in = moe_data(t[FFN_W_IN]),
+                 .w_out = moe_data(t[FFN_W_OUT]),
+                 .b_in = data_or_null(t[FFN_B_IN]),
+                 .b_out = data_or_null(t[FFN_B_OUT]),
                  .weight = data_or_null(t[FFN_WEIGHT])};
 }
 
@@ -105,7 +123,8 @@ moe_status moe_fwd_expert_ffn(moe_ctx *c) {
     return OP_FAIL(c, "%lld experts need a routing", (long long)experts);
   if (cp.p.tokens != tokens) {
     char s[MOE_SHAPE_TEXT];
-    return OP_FAIL(c, "x is %s, that is %lld tokens, but the routing has %lld", moe_shape_of(s, x), (long long)tokens, (long long)cp.p.tokens);
+    return OP_FAIL(c, "x is %s, that is %lld tokens, but the routing has %lld", moe_shape_of(s, x),
+                   (long long)tokens, (long long)cp.p.tokens);
   }
   for (int i = 0; i < FFN_PLAN; i++)
     if (t[i] && (t[i] = moe_dense(t[i], ct)) == NULL) return moe_error_code();
@@ -124,7 +143,8 @@ moe_status moe_fwd_expert_ffn(moe_ctx *c) {
 }
 
 moe_status moe_bwd_expert_ffn(moe_ctx *c) {
-  moe_tensor **t = c->saved, *h = c->saved[FFN_PLAN], **lists = c->saved[FFN_PLAN + 1] ? c->saved + FFN_PLAN + 1 : NULL;
+  moe_tensor **t = c->saved, *h = c->saved[FFN_PLAN],
+             **lists = c->saved[FFN_PLAN + 1] ? c->saved + FFN_PLAN + 1 : NULL;
   moe_dtype ct = h->dtype;
   moe_tensor *g = moe_dense(c->gout[0], ct);
   if (g == NULL) return moe_error_code();
@@ -135,27 +155,32 @@ moe_status moe_bwd_expert_ffn(moe_ctx *c) {
   plan_make(&cp, lists, t[FFN_W_IN]->shape[0], h->shape[0]);
   moe_ffn f;
   ffn_fill(&f, t, &cp.p, ct, (int)c->arg[FFN_ACT].i, c->arg[FFN_GATED].i != 0);
-  MOE_TRY(MOE_RUN(moe_dev(h), c->op->name, ffn_bwd, data_or_null(w[FFN_X].t), data_or_null(w[FFN_W_IN].t), data_or_null(w[FFN_W_OUT].t),
-                  data_or_null(w[FFN_B_IN].t), data_or_null(w[FFN_B_OUT].t), data_or_null(w[FFN_WEIGHT].t),
-                  w[FFN_WEIGHT].t ? moe_numel(w[FFN_WEIGHT].t) : 0, moe_data(g), moe_data(h), &f));
+  MOE_TRY(MOE_RUN(moe_dev(h), c->op->name, ffn_bwd, data_or_null(w[FFN_X].t), data_or_null(w[FFN_W_IN].t),
+                  data_or_null(w[FFN_W_OUT].t), data_or_null(w[FFN_B_IN].t), data_or_null(w[FFN_B_OUT].t),
+                  data_or_null(w[FFN_WEIGHT].t), w[FFN_WEIGHT].t ? moe_numel(w[FFN_WEIGHT].t) : 0, moe_data(g),
+                  moe_data(h), &f));
   for (int i = 0; i < FFN_PLAN; i++) MOE_TRY(give_grad(c, &w[i]));
   return MOE_OK;
 }
 
-/* --- expert_gather(x [T, d], plan) -> [A, d], and its transpose expert_combine(y [A, d], weight?, plan) -> [T, d] --- */
+/* --- expert_gather(x [T, d], plan) -> [A, d]; its transpose expert_combine(x [A, d], weight?, plan) -> [T, d] --- */
 
 static moe_status rows_check(moe_ctx *c, const moe_tensor *x, int64_t n, const char *what) {
   if (x->ndim == 2 && x->shape[0] == n && moe_dtype_is_float(x->dtype)) return MOE_OK;
   char s[MOE_SHAPE_TEXT];
-  return OP_FAIL(c, "x is a %s tensor %s, wanted floats [%lld, d]: the routing has %lld %s", moe_dtype_name(x->dtype), moe_shape_of(s, x),
-                 (long long)n, (long long)n, what);
+  return OP_FAIL(c, "x is a %s tensor %s, wanted floats [%lld, d]: the routing has %lld %s",
+                 moe_dtype_name(x->dtype), moe_shape_of(s, x), (long long)n, (long long)n, what);
 }
 
 /* y <- kernel over x; both of `ct`. */
-static moe_status move(moe_ctx *c, moe_tensor *y, moe_tensor *x, moe_tensor *weight, const moe_plan *p, bool gather) {
+static moe_status move(moe_ctx *c, moe_tensor *y, moe_tensor *x, moe_tensor *weight, const moe_plan *p,
+                       bool gather) {
   moe_device *dev = moe_dev(y);
-  return gather ? MOE_RUN(dev, c->op->name, route_gather, moe_data(y), moe_data(x), data_or_null(weight), p, y->shape[1], y->dtype)
-                : MOE_RUN(dev, c->op->name, route_combine, moe_data(y), moe_data(x), data_or_null(weight), p, y->shape[1], y->dtype);
+  if (moe_numel(y) == 0) return MOE_OK;
+  return gather ? MOE_RUN(dev, c->op->name, route_gather, moe_data(y), moe_data(x), data_or_null(weight), p,
+                          y->shape[1], y->dtype)
+                : MOE_RUN(dev, c->op->name, route_combine, moe_data(y), moe_data(x), data_or_null(weight), p,
+                          y->shape[1], y->dtype);
 }
 
 static moe_status move_fwd(moe_ctx *c, moe_tensor *weight, moe_tensor **lists, bool gather) {
@@ -164,7 +189,8 @@ static moe_status move_fwd(moe_ctx *c, moe_tensor *weight, moe_tensor **lists, b
   MOE_TRY(rows_check(c, x, gather ? p.tokens : p.rows, gather ? "tokens" : "assignments"));
   moe_dtype dt = x->dtype, ct = moe_dtype_compute(dt);
   int64_t shape[] = {gather ? p.rows : p.tokens, x->shape[1]};
-  moe_tensor *y = moe_out(c, 0, 2, shape, dt), *r = y == NULL || dt == ct ? y : moe_empty(2, shape, ct, moe_dev(x));
+  moe_tensor *y = moe_out(c, 0, 2, shape, dt),
+             *r = y == NULL || dt == ct ? y : moe_empty(2, shape, ct, moe_dev(x));
   moe_tensor *xs = moe_dense(x, ct), *w = weight ? moe_dense(weight, ct) : NULL;
   if (r == NULL || xs == NULL || (weight && w == NULL)) return moe_error_code();
   MOE_TRY(move(c, r, xs, w, &p, gather));
@@ -200,7 +226,8 @@ moe_status moe_bwd_expert_combine(moe_ctx *c) {
   if (g == NULL || !want_grad(c, 0, ct, &wx) || !want_grad(c, 1, ct, &ww)) return moe_error_code();
   if (wx.t) MOE_TRY(move(c, wx.t, g, weight, &p, true));
   if (ww.t)
-    MOE_TRY(MOE_RUN(moe_dev(g), c->op->name, route_dots, moe_data(ww.t), moe_numel(ww.t), moe_data(g), moe_data(x), &p, g->shape[1], ct));
+    MOE_TRY(MOE_RUN(moe_dev(g), c->op->name, route_dots, moe_data(ww.t), moe_numel(ww.t), moe_data(g),
+                    moe_data(x), &p, g->shape[1], ct));
   MOE_TRY(give_grad(c, &wx));
   return give_grad(c, &ww);
 }
@@ -208,23 +235,30 @@ moe_status moe_bwd_expert_combine(moe_ctx *c) {
 /* --- expert_linear(x [A, k], w [E, n, k], b [E, n]?, plan) -> [A, n] --- */
 
 moe_status moe_fwd_expert_linear(moe_ctx *c) {
-  moe_tensor *x = c->arg[0].t, *w = c->arg[1].t, *b = c->arg[2].kind == MOE_K_tensor ? c->arg[2].t : NULL, **lists = c->arg[3].list.v;
+  moe_tensor *x = c->arg[0].t, *w = c->arg[1].t, *b = c->arg[2].kind == MOE_K_tensor ? c->arg[2].t : NULL,
+             **lists = c->arg[3].list.v;
   int64_t experts = c->arg[4].i;
   moe_plan p = moe_plan_of(lists, experts);
   MOE_TRY(rows_check(c, x, p.rows, "assignments"));
   if (w->ndim != 3 || w->shape[0] != experts || w->shape[2] != x->shape[1] || !moe_dtype_is_float(w->dtype)) {
     char s[MOE_SHAPE_TEXT], r[MOE_SHAPE_TEXT];
-    return OP_FAIL(c, "w is a %s tensor %s, wanted floats [%lld, n, %lld] for %lld experts and x %s", moe_dtype_name(w->dtype),
-                   moe_shape_of(s, w), (long long)experts, (long long)x->shape[1], (long long)experts, moe_shape_of(r, x));
+    return OP_FAIL(c, "w is a %s tensor %s, wanted floats [%lld, n, %lld] for %lld experts and x %s",
+                   moe_dtype_name(w->dtype), moe_shape_of(s, w), (long long)experts, (long long)x->shape[1],
+                   (long long)experts, moe_shape_of(r, x));
   }
   if (b) MOE_TRY(check_shape(c, "b", b, 2, w->shape));
   moe_dtype dt = moe_dtype_promote(x->dtype, w->dtype), ct = moe_dtype_compute(dt);
   int64_t shape[] = {p.rows, w->shape[1]};
-  moe_tensor *y = moe_out(c, 0, 2, shape, dt), *r = y == NULL || dt == ct ? y : moe_empty(2, shape, ct, moe_dev(x));
+  if (moe_numel(w) == 0) {
+    char s[MOE_SHAPE_TEXT];
+    return OP_FAIL(c, "w is %s, wanted sizes of at least 1", moe_shape_of(s, w));
+  }
+  moe_tensor *y = moe_out(c, 0, 2, shape, dt),
+             *r = y == NULL || dt == ct ? y : moe_empty(2, shape, ct, moe_dev(x));
   moe_tensor *xs = moe_dense(x, ct), *ws = moe_dense(w, ct), *bs = b ? moe_dense(b, ct) : NULL;
   if (r == NULL || xs == NULL || ws == NULL || (b && bs == NULL)) return moe_error_code();
-  MOE_TRY(MOE_RUN(moe_dev(x), c->op->name, grouped_linear, moe_data(r), moe_data(xs), moe_data(ws), data_or_null(bs), &p, w->shape[1],
-                  w->shape[2], ct));
+  MOE_TRY(MOE_RUN(moe_dev(x), c->op->name, grouped_linear, moe_data(r), moe_data(xs), moe_data(ws),
+                  data_or_null(bs), &p, w->shape[1], w->shape[2], ct));
   moe_save(c, xs);
   moe_save(c, ws);
   save_lists(c, lists);
@@ -236,10 +270,12 @@ moe_status moe_bwd_expert_linear(moe_ctx *c) {
   moe_plan p = moe_plan_of(c->saved + 2, w->shape[0]);
   moe_tensor *g = moe_dense(c->gout[0], x->dtype);
   want wx, ww, wb;
-  if (g == NULL || !want_grad(c, 0, x->dtype, &wx) || !want_grad(c, 1, x->dtype, &ww) || !want_grad(c, 2, x->dtype, &wb))
+  if (g == NULL || !want_grad(c, 0, x->dtype, &wx) || !want_grad(c, 1, x->dtype, &ww) ||
+      !want_grad(c, 2, x->dtype, &wb))
     return moe_error_code();
-  MOE_TRY(MOE_RUN(moe_dev(g), c->op->name, grouped_linear_bwd, data_or_null(wx.t), data_or_null(ww.t), data_or_null(wb.t), moe_data(g),
-                  moe_data(x), moe_data(w), &p, w->shape[1], w->shape[2], x->dtype));
+  MOE_TRY(MOE_RUN(moe_dev(g), c->op->name, grouped_linear_bwd, data_or_null(wx.t), data_or_null(ww.t),
+                  data_or_null(wb.t), moe_data(g), moe_data(x), moe_data(w), &p, w->shape[1], w->shape[2],
+                  x->dtype));
   MOE_TRY(give_grad(c, &wx));
   MOE_TRY(give_grad(c, &ww));
   return give_grad(c, &wb);

@@ -37,14 +37,20 @@ typedef enum moe_drop {
 } moe_drop;
 
 /* What a router makes of its logits. ORDER MOE_SCORE: the choices of the option `score` in op/ops.def. */
-typedef enum moe_score { MOE_SCORE_SOFTMAX, MOE_SCORE_SIGMOID, MOE_SCORE_SQRTSOFTPLUS, MOE_SCORE_RELU } moe_score;
+typedef enum moe_score {
+  MOE_SCORE_SOFTMAX,
+  MOE_SCORE_SIGMOID,
+  MOE_SCORE_SQRTSOFTPLUS,
+  MOE_SCORE_RELU
+} moe_score;
 
 typedef struct moe_topk_options {
   int64_t tokens, experts, top_k;
-  int score;             /* moe_score */
-  bool score_after;      /* choose by the logits, score the chosen alone */
-  bool normalise;        /* weights of a token sum to 1 */
-  int64_t n_group, topk_group, group_top; /* groups of experts; so many stay; judged by the sum of so many best */
+  int score;        /* moe_score */
+  bool score_after; /* choose by the logits, score the chosen alone */
+  bool normalise;   /* weights of a token sum to 1 */
+  int64_t n_group, topk_group,
+      group_top; /* groups of experts; so many stay; judged by the sum of so many best */
   double scale;
   const int64_t *forced; /* [tokens, top_k] a choice made before, instead of choosing; or NULL */
 } moe_topk_options;
@@ -55,7 +61,7 @@ typedef enum moe_act {
 #define X(name) MOE_ACT_##name,
   MOE_ACTS(X)
 #undef X
-  MOE_ACT_COUNT
+      MOE_ACT_COUNT
 } moe_act;
 
 /* y_t = sum over the rows r of token t: weight_r * (w_out_e a_r + b_out_e), a_r = act(h_r) or, gated,

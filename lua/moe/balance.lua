@@ -2,8 +2,9 @@
 -- 1 x its coefficient when the load is even (z and importance: 0).
 --
 -- Anything that answers loss(routing, ctx, state) will do, a plain function too; nil means "nothing to add". `state` is a
--- table that belongs to the layer; `start` (state, num_experts) fills it once. One with a field `observe` (routing, ctx, state) sees every first training
--- forward, and one with `after_step` (layer, state) is called once an optimizer step: see selection_bias.
+-- table that belongs to the layer; `loss:start(state, num_experts)`, where it is there, fills it once. One with
+-- `loss:observe(routing, ctx, state)` sees every first training forward, and one with `loss:after_step(layer, state)` is
+-- called once an optimizer step: see selection_bias.
 
 local core = require "moe.core"
 local options = require "moe.nn.options"

@@ -7,7 +7,7 @@
 --
 -- layer(x, ctx): what the caller puts into ctx (step, token ids, mask, ...) reaches routers, losses and experts. The layer adds
 -- shape (x's leading sizes) and layer (itself), and leaves in the caller's table `routing`, its own, and
--- `routings`, those of all layers so far: moe.loss.aux(ctx) adds up their losses.
+-- `routings`, those of all layers so far: moe.loss.aux(ctx) adds up their losses. A fresh ctx for each forward.
 
 local moe = require "moe"
 local core = moe.core
@@ -28,6 +28,9 @@ local ROWS <const> = {
   drop_policy = { { "probs", "position" }, "probs" },
   force = { "string|userdata|function" }, dtype = { "string" }, device = { "string" },
 }
+
+-- The load of more experts than this is not kept: it would cost more than the layer itself.
+local COUNTED_EXPERTS <const> = 65536
 
 local function fail(text, ...) error("layer: " .. text:format(...), 3) end
 
@@ -53,7 +56,7 @@ function Layer:init(given)
     if o[key] < 1 then fail("option '%s' must be at least 1, got %d", key, o[key]) end
   end
   for _, key in ipairs { "capacity_factor", "eval_capacity_factor" } do
-    if o[key] and not (o[key] > 0) then fail("option '%s' must be positive, got %g", key, o[key]) end
+    if o[key] and (o[key] <= 0 or o[key] ~= o[key]) then fail("option '%s' must be positive, got %g", key, o[key]) end
   end
   local sizes = { d_model = o.d_model, num_experts = o.num_experts, dtype = o.dtype, device = o.device }
   local losses = o.balance or {}
@@ -80,7 +83,7 @@ function Layer:init(given)
     if o.shared_combine == "residual" then self.coefficient = dense_parameter(o, 2) end
   end
   -- made here and written in place: what a forward inside moe.scope makes does not outlive it
-  self._load = core.zeros({ o.num_experts }, { dtype = "i64" })
+  if o.num_experts <= COUNTED_EXPERTS then self._load = core.zeros({ o.num_experts }, { dtype = "i64" }) end
   self:reset_stats()
 end
 
@@ -131,7 +134,7 @@ local function account(self, routing, ctx)
   end
   if not again then
     local s = self._stats
-    self._load:add_(routing:load())
+    if self._load then self._load:add_(routing:load()) end
     s.forwards = s.forwards + 1
     s.tokens = s.tokens + routing.num_tokens
     s.assignments = s.assignments + routing.num_assignments
@@ -170,11 +173,11 @@ function Layer:forward(x, ctx)
   local mask = ctx and ctx.mask
   local own = setmetatable({ layer = self, shape = leading, mask = mask and mask:reshape { -1 } or nil }, { __index = ctx })
   local routing = self:decide(rows, own)
-  local bank, y = self.experts, nil
+  local bank, y = self.experts
   if type(bank) == "function" then y = bank(rows, routing, own) else y = bank:forward(rows, routing, own) end
   if self.shared then y = COMBINE[self._options.shared_combine](self, rows, y, self.shared(rows)) end
   account(self, routing, own)
-  if ctx then
+  if ctx and not moe.recomputing() then
     ctx.routing = routing
     local list = ctx.routings
     if not list then
@@ -199,12 +202,13 @@ function Layer:after_step()
 end
 
 --- What the layer did since the last reset: load (a list of assignments per expert), entropy, max_over_mean, dead (idle
--- experts), tokens, assignments, dropped, masked, forwards. stats{ reset = true } starts anew.
+-- experts), tokens, assignments, dropped, masked, forwards. stats{ reset = true } starts anew. A layer
+-- of more than 65536 experts keeps no load.
 function Layer:stats(given)
   local o = options.read("stats", given, { reset = { "boolean", false } })
   local s = self._stats
   local out = { forwards = s.forwards, tokens = s.tokens, assignments = s.assignments, dropped = s.dropped, masked = s.masked }
-  local load = self._load:totable()
+  local load = self._load and self._load:totable() or {}
   local total, most, dead, entropy = 0, 0, 0, 0.0
   for _, n in ipairs(load) do
     total = total + n
@@ -221,7 +225,7 @@ function Layer:stats(given)
 end
 
 function Layer:reset_stats()
-  self._load:mul_(0)
+  if self._load then self._load:mul_(0) end
   self._stats = { forwards = 0, tokens = 0, assignments = 0, dropped = 0, masked = 0 }
 end
 

@@ -36,7 +36,7 @@ local function parameters(E, d, I, d_out, o, dtype)
 end
 
 local function fused(p, x, routing)
-  return moe._sparse.ffn(x, p.w_in, p.w_out, p.b_in, p.b_out, routing, p.act, p.gated)
+  return moe.core._sparse.ffn(x, p.w_in, p.w_out, p.b_in, p.b_out, routing, p.act, p.gated)
 end
 
 local function leaves(p, ...)
@@ -269,10 +269,11 @@ describe("expert networks", function()
   it("name what is wrong", function()
     local bank = moe.experts.swiglu { d_model = 4, num_experts = 2, intermediate_size = 3 }
     local routing = moe.routing.topk(moe.ones({ 3, 1 }, { dtype = "i64" }), nil, 2)
+    local three = moe.routing.topk(moe.ones({ 1, 1 }, { dtype = "i64" }), nil, 3)
     local cases = {
       { "x is %[3, 5%], but the experts take vectors of 4", function() return bank(moe.ones(3, 5), routing) end },
       { "4 tokens, but the routing has 3", function() return bank(moe.ones(4, 4), routing) end },
-      { "the routing is over 3 experts, the bank has 2", function() return bank(moe.ones(1, 4), moe.routing.topk(moe.ones({ 1, 1 }, { dtype = "i64" }), nil, 3)) end },
+      { "the routing is over 3 experts, the bank has 2", function() return bank(moe.ones(1, 4), three) end },
       { "2 experts need a routing", function() return bank(moe.ones(3, 4)) end },
       { "argument 6 %(routing%) must be a routing", function() return bank:work(moe.ones(3, 4), {}) end },
       { "must be a tensor", function() return bank:work(3, routing) end },
@@ -281,7 +282,8 @@ describe("expert networks", function()
       { "'intermediate_size' must be at least 1", function() return moe.experts.mlp { intermediate_size = 0 } end },
       { "must be one of silu", function() return moe.experts.mlp { intermediate_size = 4, act = "swish" } end },
       { "description without weights", function() return moe.experts.mlp { intermediate_size = 4 }(moe.ones(2, 2)) end },
-      { "gave %[1, 4%] for 3 rows", function() return moe.experts.map(function(xe) return xe:narrow(1, 1, 1) end)(moe.ones(3, 4), routing) end },
+      { "gave %[1, 4%] for 3 rows",
+        function() return moe.experts.map(function(xe) return xe:narrow(1, 1, 1) end)(moe.ones(3, 4), routing) end },
       { "the list has no expert 1", function() return moe.experts.map {}(moe.ones(3, 4), routing) end },
     }
     for _, case in ipairs(cases) do assert.matches(case[1], helper.error_of(case[2])) end

@@ -164,9 +164,9 @@ describe("moe.routing", function()
       return routing:combine(routing:linear(rows, M, B)), routing:combine(rows, false), routing.weight
     end, { x, w, m, b }))
     local routing = moe.routing.topk(index, w, 4)
-    local rows, y = routing:gather(x), nil
+    local rows = routing:gather(x)
     assert.close(x[4], rows[3])
-    y = routing:linear(rows, m, b)
+    local y = routing:linear(rows, m, b)
     assert.close(m[3]:matmul(x[2]) + b[3], y[routing.offsets[3] + 1])
   end)
 
@@ -201,8 +201,8 @@ describe("moe.routing", function()
     r.temperature = 0.7
     assert.equal(0.7, r.temperature)
     assert.matches("field 'expert' cannot be set", helper.error_of(function() r.expert = 1 end))
-    assert.same({ token = { 1, 1, 2 }, expert = { 1, 2, 2 }, weight = { 1, 1, 1 }, offsets = { 1, 2, 4, 4 }, num_tokens = 2, num_experts = 3 },
-      r:totable())
+    assert.same({ token = { 1, 1, 2 }, expert = { 1, 2, 2 }, weight = { 1, 1, 1 }, offsets = { 1, 2, 4, 4 }, num_tokens = 2,
+      num_experts = 3 }, r:totable())
     r:close()
     assert.matches("closed", tostring(r))
     assert.matches("closed", helper.error_of(function() return r:load() end))
@@ -231,7 +231,8 @@ describe("moe.routing", function()
       { "num_experts must be at least 1", function() return moe.routing.topk(i64 { { 0 } }, nil, 0) end },
       { "mask is", function() return moe.routing.topk(i64 { { 1 } }, nil, 3, { mask = moe.tensor { true, false } }) end },
       { "unknown option 'maks' %(did you mean 'mask'", function() return moe.routing.topk(i64 { { 1 } }, nil, 3, { maks = 1 }) end },
-      { "option 'probs' must be a tensor %[1, 3%]", function() return moe.routing.topk(i64 { { 1 } }, nil, 3, { probs = moe.ones(2, 2) }) end },
+      { "option 'probs' must be a tensor %[1, 3%]",
+        function() return moe.routing.topk(i64 { { 1 } }, nil, 3, { probs = moe.ones(2, 2) }) end },
       { "gates is", function() return moe.routing.dense(i64 { { 1 } }) end },
       { "index %[1, 1%] is 9", function() return moe.routing.experts(i64 { { 9 } }, nil, 3) end },
       { "routing.soft: dispatch is", function() return moe.routing.soft(moe.ones(2, 2), moe.ones(2, 2)) end },
@@ -239,7 +240,8 @@ describe("moe.routing", function()
       { "capacity must not be negative", function() return moe.routing.topk(i64 { { 1 } }, nil, 1):limit(-1) end },
       { "unknown drop policy", function() return moe.routing.topk(i64 { { 1 } }, nil, 1):limit(1, "random") end },
       { "wanted floats %[2, d%]", function() return moe.routing.topk(i64 { { 1 }, { 1 } }, nil, 1):gather(moe.ones(3, 2)) end },
-      { "wanted floats %[1, n, 4%]", function() return moe.routing.topk(i64 { { 1 } }, nil, 1):linear(moe.ones(1, 4), moe.ones(1, 2, 3)) end },
+      { "wanted floats %[1, n, 4%]",
+        function() return moe.routing.topk(i64 { { 1 } }, nil, 1):linear(moe.ones(1, 4), moe.ones(1, 2, 3)) end },
     }
     for _, case in ipairs(cases) do assert.matches(case[1], helper.error_of(case[2])) end
   end)
