@@ -29,8 +29,6 @@
 typedef struct moeL_ctx {
   moe_env env;
   int64_t collect_at;   /* live bytes at which an entry collects (moe.memory counts them) */
-  int64_t slack;        /* bytes that may come on top of what lives before that: see moe.c */
-  double collected_at;  /* seconds */
   int64_t collections;
   bool fresh_anchors;   /* a box was filled with a tensor whose history carries closures: see moeL_tie_anchors */
 } moeL_ctx;

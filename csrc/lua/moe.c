@@ -9,9 +9,9 @@
 static const char context_key = 'c', callback_key = 'e';
 
 /* A full collection runs at a call's entry when live tensor bytes pass twice what lived after the last one, and at least
-** `slack` more. Little slack keeps a loop's memory small and warm in the cache; so slack starts low, doubles when
-** collecting takes more than a twentieth of the time (a large Lua heap), and falls again when it takes far less. */
-static const int64_t least_slack = (int64_t)32 << 20, most_slack = (int64_t)256 << 20;
+** this much more. Small enough that a loop's dead tensors do not push its working set out of the cache, large enough that
+** a collection (1.7 ms at 100,000 Lua objects) is a few percent of the time in which a machine can write that much. */
+static const int64_t slack = (int64_t)64 << 20;
 
 moeL_ctx *moeL_context(lua_State *L) {
   lua_rawgetp(L, LUA_REGISTRYINDEX, &context_key);
@@ -34,14 +34,9 @@ static double now(void) {
 }
 
 static void collect(lua_State *L, moeL_ctx *c) {
-  double start = now(), since = start - c->collected_at;
   lua_gc(L, LUA_GCCOLLECT, 0);
-  c->collected_at = now();
-  double took = c->collected_at - start;
-  if (took > since * 0.05) c->slack = MOE_MIN(c->slack * 2, most_slack);
-  else if (took < since * 0.01) c->slack = MOE_MAX(c->slack / 2, least_slack);
   int64_t live = moe_memory_live(moe_cpu());
-  c->collect_at = live + MOE_MAX(c->slack, live);
+  c->collect_at = live + MOE_MAX(slack, live);
   c->collections++;
 }
 
@@ -273,8 +268,7 @@ int luaopen_moe_core(lua_State *L) {
     moeL_ctx *c = lua_newuserdatauv(L, sizeof *c, 0);
     memset(c, 0, sizeof *c);
     c->env.rng.seed = 0x6d6f65;
-    c->slack = least_slack;
-    c->collect_at = moe_memory_live(moe_cpu()) + c->slack;
+    c->collect_at = moe_memory_live(moe_cpu()) + slack;
     lua_rawsetp(L, LUA_REGISTRYINDEX, &context_key);
     lua_pushboolean(L, 0); /* the place of a callback's error: there from now on, so that keeping one needs no memory */
     lua_rawsetp(L, LUA_REGISTRYINDEX, &callback_key);
