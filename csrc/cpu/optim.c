@@ -39,8 +39,11 @@ static void piece_task(void *arg, int64_t task, int worker) {
 
 /* An empty tensor has no piece: its `first` equals the next one's, and the search passes it by. */
 static moe_status run_pieces(pieces *s, bool sums, int64_t *total) {
-  int64_t all = 0;
-  for (int64_t i = 0; i < s->count; i++) all += (s->n[i] + PIECE - 1) / PIECE;
+  int64_t all = 0, elements = 0;
+  for (int64_t i = 0; i < s->count; i++) {
+    all += (s->n[i] + PIECE - 1) / PIECE;
+    elements += s->n[i];
+  }
   int64_t *first = moe_scratch(SCRATCH, (s->count + 1) * (int64_t)sizeof *first + (sums ? all : 0) * (int64_t)sizeof(double));
   if (first == NULL) return moe_fail(MOE_ENOMEM, "optimizer: no memory for scratch");
   int64_t at = 0;
@@ -48,13 +51,9 @@ static moe_status run_pieces(pieces *s, bool sums, int64_t *total) {
   s->first = first;
   s->sums = (double *)(first + s->count + 1);
   *total = all;
-  if (all == 1) { /* waking the pool costs more */
-    int64_t i = 0;
-    while (s->n[i] == 0) i++;
-    piece_task(s, 0, 0);
-  } else {
-    moe_parallel(all, piece_task, s);
-  }
+  if (elements > MOE_GRAIN) moe_parallel(all, piece_task, s);
+  else /* waking the pool costs more */
+    for (int64_t i = 0; i < all; i++) piece_task(s, i, 0);
   return MOE_OK;
 }
 

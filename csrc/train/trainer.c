@@ -88,13 +88,16 @@ moe_status moe_trainer_step(moe_trainer *t, const moe_trainer_calls *c, bool *en
   }
   MOE_TRY(moe_optim_grad_norm(t->optim, &norm));
   if (!isfinite(norm)) return not_finite(t, c, "gradient's norm", norm);
-  t->optim->lr_scale = multiplier;
-  MOE_TRY(moe_optim_step(t->optim, t->clip > 0 ? moe_clip_factor(norm, t->clip) : 1));
+  double own_scale = t->optim->lr_scale; /* the schedule leaves no trace in the optimizer */
+  t->optim->lr_scale *= multiplier;
+  moe_status st = moe_optim_step(t->optim, t->clip > 0 ? moe_clip_factor(norm, t->clip) : 1);
+  t->optim->lr_scale = own_scale;
+  MOE_TRY(st);
   t->step = step;
   double seconds = now() - start;
   t->last = (moe_metrics){.step = step,
                           .loss = sum / t->accumulate,
-                          .lr = t->optim->ngroups > 0 ? t->optim->group[0].value[0] * multiplier : 0,
+                          .lr = t->optim->ngroups > 0 ? t->optim->group[0].value[0] * own_scale * multiplier : 0,
                           .grad_norm = norm,
                           .tokens = tokens,
                           .seconds = seconds,

@@ -57,7 +57,8 @@ describe("the trainer", function()
     assert.same(weights(own), weights(model))
     assert.equal(9, trainer.step)
     assert.equal(9, last.step)
-    assert.close(0.01, trainer.optimizer.lr, { rtol = 1e-12 }) -- the schedule does not touch the option
+    assert.equal(0.01, trainer.optimizer.lr) -- the schedule leaves no trace
+    assert.equal(1, trainer.optimizer.lr_scale)
   end)
 
   it("is a loop whose body is yours", function()
