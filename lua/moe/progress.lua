@@ -75,16 +75,17 @@ function Bar:__call(i, fields)
   local text = self:text(i, fields)
   if self.terminal then
     local pad = math.max(0, (self.width or 0) - #text)
-    self.width = #text
-    self.write("\r" .. text .. (" "):rep(pad))
+    self.width = i ~= self.n and #text or nil
+    self.write("\r" .. text .. (" "):rep(pad) .. (self.width and "" or "\n"))
   else
     self.write(text .. "\n")
   end
 end
 
---- A line of its own, above the moving one.
-function Bar:line(text)
+--- A line of its own, above the moving one; fields as for a step.
+function Bar:line(text, fields)
   if self.quiet then return end
+  if fields then text = text .. "  " .. fields_text(fields) end
   if self.terminal and self.width then
     text = "\r" .. text .. (" "):rep(math.max(0, self.width - #text))
     self.width = nil

@@ -293,7 +293,7 @@ local function make_calls(self, proxy)
     self.seen.since = self.seen.since + result.seconds -- the rate that is shown is that of training
     result.step = step
     self.evaluated = result
-    if self.bar then self.bar:line(("step %d  eval loss %.4f  (%d batches)"):format(step, result.loss, result.batches)) end
+    if self.bar then self.bar:line(("step %d  eval"):format(step), { loss = result.loss, batches = result.batches }) end
     if self.on_eval then self.on_eval(result, proxy) end
   end
 
