@@ -25,7 +25,7 @@ ratio() { awk -v a="$1" -v b="$2" 'BEGIN { if (b > 0) printf "%.2f", a / b; else
 # in_turns BLOCKS N COMMAND COMMAND: lets both work N steps at a time, in turns; afterwards mean[i] is the mean ms a
 # step of the best block, least[i] the best single step, answer[i] what it said at the end.
 in_turns() {
-  local blocks=$1 n=$2 i b m l
+  local blocks=$1 n=$2 i b m l fd to=() from=()
   shift 2
   local count=$#
   mean=() least=() answer=()
@@ -33,22 +33,28 @@ in_turns() {
     rm -f "$work/in$i" "$work/out$i"
     mkfifo "$work/in$i" "$work/out$i"
     bash -c "$1" <"$work/in$i" >"$work/out$i" &
-    eval "exec $((10 + 2 * i))>\"$work/in$i\" $((11 + 2 * i))<\"$work/out$i\""
+    exec {fd}>"$work/in$i"
+    to[i]=$fd
+    exec {fd}<"$work/out$i"
+    from[i]=$fd
     mean[i]=1e30 least[i]=1e30
     shift
   done
   for ((b = 0; b < blocks; b++)); do
     for ((i = 0; i < count; i++)); do
-      echo "$n" >&$((10 + 2 * i))
-      read -r m l <&$((11 + 2 * i))
+      echo "$n" >&"${to[i]}"
+      read -r m l <&"${from[i]}" || { setup_say "a side of the benchmark ended early"; exit 1; }
       mean[i]=$(awk -v a="${mean[i]}" -v b="$m" 'BEGIN { print (b < a) ? b : a }')
       least[i]=$(awk -v a="${least[i]}" -v b="$l" 'BEGIN { print (b < a) ? b : a }')
     done
   done
   for ((i = 0; i < count; i++)); do
-    echo end >&$((10 + 2 * i))
-    read -r answer[i] <&$((11 + 2 * i))
-    eval "exec $((10 + 2 * i))>&- $((11 + 2 * i))<&-"
+    echo end >&"${to[i]}"
+    read -r answer[i] <&"${from[i]}"
+    fd=${to[i]}
+    exec {fd}>&-
+    fd=${from[i]}
+    exec {fd}<&-
   done
   wait
 }
