@@ -472,7 +472,8 @@ moe_status moe_fwd_chunk(moe_ctx *c) {
   MOE_TRY(part_dim(c, 2, x, &dim));
   int64_t n = c->arg[1].i;
   if (n < 1) return OP_FAIL(c, "the number of chunks must be at least 1, got %lld", (long long)n);
-  return set_even_parts(c, x, dim, MOE_MAX((x->shape[dim] + n - 1) / n, 1));
+  int64_t size = x->shape[dim];
+  return set_even_parts(c, x, dim, size == 0 ? 1 : (size - 1) / n + 1); /* rounded up without a sum that could overflow */
 }
 
 moe_status moe_fwd_split(moe_ctx *c) {
