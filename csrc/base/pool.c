@@ -9,24 +9,31 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-/* Workers spin this many rounds for the next job before they sleep: jobs of a training step
-** follow each other within microseconds, a futex wake-up costs about 5 of them. */
-enum { SPIN_ROUNDS = 20000 };
+/* Workers spin this many rounds (some 50 us) for the next job before they sleep: jobs of a training step follow each
+** other within microseconds, a wake-up costs about 5 of them. */
+enum { SPIN_ROUNDS = 3000 };
+
+/* The gate of the current job: (number << 16) | workers inside. An odd number is an open job. A worker enters by adding
+** one while the job is open; the caller closes it by adding one to the number, and waits for those inside alone: a
+** worker that the system has not scheduled costs nothing. */
+enum { GATE_BITS = 16 };
+#define GATE_INSIDE(g) ((g) & ((1u << GATE_BITS) - 1))
+#define GATE_OPEN(g) ((g) >> GATE_BITS & 1)
 
 static struct {
-  pthread_mutex_t lock;    /* guards everything below but the atomics */
+  pthread_mutex_t lock;    /* guards the settings, and the sleep of workers */
   pthread_cond_t wake;
   pthread_mutex_t busy;    /* held by the thread whose job runs */
   int threads;             /* wanted, the caller included; 0 = not yet decided */
   int started;             /* workers alive */
-  int limit;               /* workers with a number below this take part in the current job */
-  _Atomic uint64_t job;    /* number of the current job */
+  int sleeping;
+  _Atomic uint64_t gate;
   _Atomic int64_t next;    /* next task of the current job */
-  _Atomic int working;     /* workers still inside the current job */
+  /* the current job: written while the gate is closed and nobody is inside */
+  int limit;               /* workers with a number below this take part */
   int64_t ntasks;
   moe_task_fn *fn;
   void *arg;
-  uint64_t joined[MOE_MAX_THREADS]; /* the job number at which a worker was started */
 } pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER, .busy = PTHREAD_MUTEX_INITIALIZER};
 
 static MOE_HOT_TLS bool inside; /* this thread is running a task ... */
@@ -50,27 +57,35 @@ static void run_tasks(int worker) {
   self_worker = 0;
 }
 
+/* Waits for an open job that is not `seen`; returns its gate. */
+static uint64_t wait_for_job(uint64_t seen) {
+  uint64_t g;
+  for (int s = 0; s < SPIN_ROUNDS; s++) {
+    g = atomic_load_explicit(&pool.gate, memory_order_acquire);
+    if (GATE_OPEN(g) && g >> GATE_BITS != seen) return g;
+    cpu_relax();
+  }
+  pthread_mutex_lock(&pool.lock);
+  pool.sleeping++;
+  while (g = atomic_load_explicit(&pool.gate, memory_order_acquire), !GATE_OPEN(g) || g >> GATE_BITS == seen)
+    pthread_cond_wait(&pool.wake, &pool.lock);
+  pool.sleeping--;
+  pthread_mutex_unlock(&pool.lock);
+  return g;
+}
+
 static void *worker_main(void *p) {
   int self = (int)(intptr_t)p;
-  uint64_t seen = pool.joined[self];
+  uint64_t seen = 0;
   for (;;) {
-    uint64_t job = seen;
-    for (int s = 0; s < SPIN_ROUNDS; s++) {
-      job = atomic_load_explicit(&pool.job, memory_order_acquire);
-      if (job != seen) break;
-      cpu_relax();
-    }
-    if (job == seen) {
-      pthread_mutex_lock(&pool.lock);
-      while ((job = atomic_load_explicit(&pool.job, memory_order_acquire)) == seen)
-        pthread_cond_wait(&pool.wake, &pool.lock);
-      pthread_mutex_unlock(&pool.lock);
-    }
-    seen = job;
-    /* Every live worker is counted in `working` for every job, so the fields of a job stay
-    ** as they are until all have passed here. */
+    uint64_t g = wait_for_job(seen);
+    bool entered = false;
+    while (!entered && GATE_OPEN(g) && g >> GATE_BITS != seen)
+      entered = atomic_compare_exchange_weak_explicit(&pool.gate, &g, g + 1, memory_order_acq_rel, memory_order_acquire);
+    if (!entered) continue;
+    seen = g >> GATE_BITS;
     if (self < pool.limit) run_tasks(self);
-    atomic_fetch_sub_explicit(&pool.working, 1, memory_order_release);
+    atomic_fetch_sub_explicit(&pool.gate, 1, memory_order_release);
   }
   return NULL;
 }
@@ -80,8 +95,8 @@ static void after_fork_in_child(void) {
   pthread_mutex_init(&pool.lock, NULL);
   pthread_mutex_init(&pool.busy, NULL);
   pthread_cond_init(&pool.wake, NULL);
-  pool.started = 0;
-  atomic_store(&pool.working, 0);
+  pool.started = pool.sleeping = 0;
+  atomic_store(&pool.gate, 0);
   inside = false;
 }
 
@@ -121,7 +136,6 @@ static void start_workers(int want) { /* with the lock held */
   pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
   while (pool.started < want - 1) {
     pthread_t t;
-    pool.joined[pool.started + 1] = atomic_load(&pool.job);
     if (pthread_create(&t, &attr, worker_main, (void *)(intptr_t)(pool.started + 1)) != 0) break;
     pool.started++;
   }
@@ -151,14 +165,15 @@ void moe_parallel(int64_t ntasks, moe_task_fn *fn, void *arg) {
   pool.arg = arg;
   pool.limit = want;
   atomic_store_explicit(&pool.next, 0, memory_order_relaxed);
-  atomic_store_explicit(&pool.working, pool.started, memory_order_relaxed);
-  atomic_fetch_add_explicit(&pool.job, 1, memory_order_release);
-  pthread_cond_broadcast(&pool.wake);
+  atomic_fetch_add_explicit(&pool.gate, (uint64_t)1 << GATE_BITS, memory_order_release); /* open */
+  if (pool.sleeping > 0) pthread_cond_broadcast(&pool.wake);
   pthread_mutex_unlock(&pool.lock);
   run_tasks(0);
-  for (int s = 0; atomic_load_explicit(&pool.working, memory_order_acquire) > 0; s++) {
+  uint64_t g = atomic_fetch_add_explicit(&pool.gate, (uint64_t)1 << GATE_BITS, memory_order_acq_rel); /* close */
+  for (int s = 0; GATE_INSIDE(g) > 0; s++) {
     if (s < SPIN_ROUNDS) cpu_relax();
     else sched_yield();
+    g = atomic_load_explicit(&pool.gate, memory_order_acquire);
   }
   pthread_mutex_unlock(&pool.busy);
 }

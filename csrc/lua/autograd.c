@@ -113,8 +113,10 @@ static int core_grad(lua_State *L) {
 
 /* Runs f(...) with recording on or off, and puts the old setting back also after an error. */
 static int with_grad(lua_State *L, bool off, const char *fname) {
-  if (lua_type(L, 1) != LUA_TFUNCTION && luaL_getmetafield(L, 1, "__call") == LUA_TNIL)
-    return moeL_argerror(L, fname, 1, "f", "a function");
+  if (lua_type(L, 1) != LUA_TFUNCTION) {
+    if (luaL_getmetafield(L, 1, "__call") == LUA_TNIL) return moeL_argerror(L, fname, 1, "f", "a function");
+    lua_pop(L, 1);
+  }
   moe_env *env = &moeL_context(L)->env;
   bool old = env->grad_off;
   env->grad_off = off;
@@ -136,7 +138,10 @@ static int core_autocast(lua_State *L) {
     if (!moe_dtype_from_name(s, &dt) || (dt != MOE_bf16 && dt != MOE_f16 && dt != MOE_f32))
       return luaL_error(L, "autocast: argument 1 (dtype) must be \"bf16\", \"f16\", \"f32\" or nil, got %s", moeL_describe(L, 1));
   }
-  if (lua_type(L, 2) != LUA_TFUNCTION) return moeL_argerror(L, "autocast", 2, "f", "a function");
+  if (lua_type(L, 2) != LUA_TFUNCTION) {
+    if (luaL_getmetafield(L, 2, "__call") == LUA_TNIL) return moeL_argerror(L, "autocast", 2, "f", "a function");
+    lua_pop(L, 1);
+  }
   moe_env *env = &moeL_context(L)->env;
   int old = env->autocast;
   env->autocast = dt == MOE_f32 ? 0 : (int)dt;

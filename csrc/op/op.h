@@ -114,7 +114,7 @@ typedef struct moe_op {
   const char *examples, *doc;
 } moe_op;
 
-enum { MOE_MAX_PARAM = 16, MOE_MAX_OUT = 64, MOE_MAX_SAVED = 16, MOE_MAX_INPUT = 1024 };
+enum { MOE_MAX_PARAM = 24, MOE_MAX_OUT = 64, MOE_MAX_SAVED = 16, MOE_MAX_INPUT = 1024 };
 
 typedef struct moe_signature {
   int nparams, nresults; /* nresults = -1: any number */
