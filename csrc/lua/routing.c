@@ -122,6 +122,8 @@ static int routing_limit(lua_State *L) {
   static const char *const policies[] = {"probs", "position", NULL}; /* ORDER moe_drop */
   moe_routing *r = check_routing(L, 1, "routing:limit");
   int64_t capacity = check_count(L, 2, "routing:limit", "capacity");
+  if (!lua_isnoneornil(L, 3) && lua_type(L, 3) != LUA_TSTRING)
+    return moeL_argerror(L, "routing:limit", 3, "policy", "\"probs\" or \"position\"");
   const char *word = luaL_optstring(L, 3, "probs");
   int policy = 0;
   while (policies[policy] && strcmp(policies[policy], word) != 0) policy++;

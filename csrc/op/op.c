@@ -33,6 +33,7 @@ moe_tensor *moe_out(moe_ctx *c, int k, int ndim, const int64_t *shape, moe_dtype
     t = moe_detach(x); /* an alias: what is saved of the old value stays apart from the new one */
   } else {
     t = moe_empty(ndim, shape, dtype, c->arg[0].kind == MOE_K_tensor ? moe_dev(c->arg[0].t) : moe_cpu());
+    if (t == NULL) moe_fail_prefix(c->op->name); /* too large, or no memory: of what */
   }
   if (t == NULL) return NULL;
   c->out[k] = t;

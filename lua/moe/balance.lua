@@ -137,6 +137,9 @@ end
 --- The sum of the auxiliary losses of all routings of a forward: ctx.routings, which every moe.layer called with that ctx
 -- has joined. A scalar tensor; 0 when there is none.
 function M.aux(ctx)
+  if ctx ~= nil and type(ctx) ~= "table" then
+    error("loss.aux: argument 1 (ctx) must be the table that the layers were called with, got a " .. type(ctx), 2)
+  end
   local sum
   for _, routing in ipairs(ctx and ctx.routings or {}) do
     if routing.losses then sum = sum and sum + routing:aux() or routing:aux() end

@@ -25,7 +25,9 @@ local function has(what, name)
 end
 
 -- Appends the parameters of `what` (a module, a tensor, a list of them) with their names; false when it is none of these.
-local function gather(what, list, names)
+local function gather(what, list, names, depth)
+  depth = depth or 0
+  if depth > 32 then return false end -- a table that holds itself
   if is_tensor(what) then
     list[#list + 1] = what
   elseif has(what, "named_parameters") then
@@ -37,7 +39,7 @@ local function gather(what, list, names)
     for _, p in ipairs(what:parameters()) do list[#list + 1] = p end
   elseif type(what) == "table" and getmetatable(what) == nil then
     for i = 1, #what do
-      if not gather(what[i], list, names) then return false end
+      if not gather(what[i], list, names, depth + 1) then return false end
     end
   else
     return false

@@ -139,6 +139,11 @@ M.topk = TopK
 
 --- The choice "token t takes experts t k + 1, t k + 2, ..." modulo num_experts, as [T, k]: an even load, for experiments.
 function M.uniform_choice(tokens, top_k, num_experts)
+  for i, v in ipairs { tokens or false, top_k or false, num_experts or false } do
+    if math.type(v) ~= "integer" or v < (i == 1 and 0 or 1) then
+      error(("router.uniform_choice: argument %d must be a count, got %s"):format(i, tostring(v)), 2)
+    end
+  end
   return core.arange(0, tokens * top_k - 1):to "i64":remainder(num_experts):reshape { tokens, top_k } + 1
 end
 

@@ -69,6 +69,13 @@ M.is_routing = sparse.is_routing
 --- Runs work(rows) -> rows on what the experts see of x [T, d], and brings the result back: for a soft routing the slots,
 -- else x itself.
 function M.through(routing, x, work)
+  if not sparse.is_routing(routing) then
+    error("routing.through: argument 1 must be a routing, got a " .. type(routing), 2)
+  elseif not core.is_tensor(x) then
+    error("routing.through: argument 2 (x) must be a tensor, got a " .. type(x), 2)
+  elseif type(work) ~= "function" and not (getmetatable(work) or {}).__call then
+    error("routing.through: argument 3 (work) must be a function, got a " .. type(work), 2)
+  end
   local dispatch, combine = routing.dispatch, routing.combine_matrix
   if not dispatch then return work(x) end
   local s = dispatch.shape

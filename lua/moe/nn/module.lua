@@ -279,6 +279,9 @@ function Module:unfreeze() return set_frozen(self, false) end
 
 --- Calls f(module) for every module of the tree, children before parents. Returns the module.
 function Module:apply(f)
+  if type(f) ~= "function" and not (getmetatable(f) or {}).__call then
+    error("apply: argument 1 must be a function, got a " .. type(f), 2)
+  end
   local list = self:modules()
   for i = #list, 1, -1 do f(list[i]) end
   return self
@@ -438,6 +441,9 @@ end
 local function parameter(t, options)
   if not low.is_tensor(t) then error("parameter: argument 1 must be a tensor, got a " .. type(t), 2) end
   local tag, leaf = info(t)
+  if options ~= nil and type(options) ~= "table" then
+    error("parameter: argument 2 must be a table of options, got a " .. type(options), 2)
+  end
   if not leaf then error("parameter: the tensor is the result of a recorded call (detach it)", 2) end
   tag = (tag & ~BUFFER) | PARAMETER
   for k, v in pairs(options or {}) do
