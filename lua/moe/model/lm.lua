@@ -245,6 +245,7 @@ end
 local function inner_context(ctx, ids)
   local inner = { token_ids = ids }
   for k, v in pairs(ctx or {}) do inner[k] = v end
+  inner.routings, inner.routing = nil, nil -- of an earlier forward with the same table
   return inner
 end
 
