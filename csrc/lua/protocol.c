@@ -89,7 +89,7 @@ static int convert(lua_State *L) {
       return luaL_error(L, "to: a type (\"bf16\") or a device (\"cuda\") was wanted, got %s", moeL_describe(L, i));
     moe_dtype dt;
     if (moe_dtype_from_name(lua_tostring(L, i), &dt)) dtype = dt;
-    else if ((dev = moe_device_find(lua_tostring(L, i))) == NULL) return moeL_raise(L);
+    else if ((dev = moe_device_find(lua_tostring(L, i))) == NULL) return luaL_error(L, "to: %s", moe_error());
   }
   if (dtype >= 0 && !moe_dtype_is_float((moe_dtype)dtype))
     return luaL_error(L, "to: a module takes a floating type, got %s", moe_dtype_name((moe_dtype)dtype));
