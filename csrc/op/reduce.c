@@ -260,8 +260,8 @@ static moe_status spread(moe_ctx *c, bool root) {
   if (x == NULL) return moe_error_code();
   moe_tensor *y = moe_result_begin(c, 0, f.out_ndim, f.out, made, t, moe_dev(x));
   if (y == NULL) return moe_error_code();
-  int64_t divisor = MOE_MAX(f.n - c->arg[3].i, 0);
-  MOE_TRY(MOE_RUN(moe_dev(x), c->op->name, variance, moe_data(y), moe_data(x), f.outer, f.n, f.inner, made, (double)divisor, root));
+  double divisor = MOE_MAX((double)f.n - (double)c->arg[3].i, 0.0);
+  MOE_TRY(MOE_RUN(moe_dev(x), c->op->name, variance, moe_data(y), moe_data(x), f.outer, f.n, f.inner, made, divisor, root));
   MOE_TRY(moe_result_end(c, 0, y, t));
   moe_save(c, a);
   moe_save(c, root ? c->out[0] : NULL);
@@ -277,7 +277,7 @@ moe_status moe_bwd_spread(moe_ctx *c) {
   if (c->gout[0] == NULL) return MOE_OK;
   if (!fold_args(c, 1, false, c->in[0].ndim, c->in[0].shape, &f)) return moe_error_code();
   moe_tensor *x = c->saved[0], *y = c->saved[1], *g = unreduce(&f, c->gout[0]);
-  double divisor = (double)MOE_MAX(f.n - c->arg[3].i, 0);
+  double divisor = MOE_MAX((double)f.n - (double)c->arg[3].i, 0.0);
   if (y) g = MOE_CALL(div, T(g), T(MOE_CALL(clamp, T(unreduce(&f, y)), F(1e-37))));
   g = MOE_CALL(mul, T(g), F((y ? 1.0 : 2.0) / divisor));
   moe_tensor *mean = MOE_CALL(mean, T(x), c->arg[1], I(true));
