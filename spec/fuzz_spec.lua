@@ -261,7 +261,7 @@ describe("random calls", function()
     local list = targets()
     local instance = instances(fuzz.tensor)
     assert.truthy(#list > 50)
-    local calls = helper.sanitize and CALLS // 4 or CALLS
+    local calls = CALLS
     local trace = os.getenv "MOE_FUZZ_TRACE"
     local unnamed, told, errors, results = {}, {}, 0, 0
     local random_print = io.output()
