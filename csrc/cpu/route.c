@@ -216,13 +216,13 @@ moe_status MOE_CPU(route_limit)(uint8_t *keep, const moe_plan *p, const void *we
     memset(keep + r0, n <= capacity, (size_t)n);
     if (n <= capacity) continue;
     for (int64_t i = 0; i < n; i++) {
-      int64_t s = p->source[r0 + i];
+      int64_t s = policy == MOE_DROP_PRIORITY ? r0 + i : p->source[r0 + i];
       double w = policy == MOE_DROP_POSITION || weight == NULL ? 0
                  : dt == MOE_f64                               ? ((const double *)weight)[s]
                                                                : (double)((const float *)weight)[s];
       list[i] = (wanted){w == w ? w : -(double)INFINITY, r0 + i};
     }
-    if (policy == MOE_DROP_PROBS) qsort(list, (size_t)n, sizeof *list, by_weight);
+    if (policy != MOE_DROP_POSITION) qsort(list, (size_t)n, sizeof *list, by_weight);
     for (int64_t i = 0; i < capacity; i++) keep[list[i].row] = 1;
   }
   free(list);

@@ -117,18 +117,23 @@ static int sparse_soft(lua_State *L) {
   return moeL_leave(L, &f, box->r ? MOE_OK : moe_error_code(), 1);
 }
 
-/* routing:limit(capacity, "probs" | "position"): the same with at most so many tokens an expert */
+/* routing:limit(capacity, "probs" | "position" | priority [A]): the same with at most so many tokens an expert */
 static int routing_limit(lua_State *L) {
   static const char *const policies[] = {"probs", "position", NULL}; /* ORDER moe_drop */
   moe_routing *r = check_routing(L, 1, "routing:limit");
   int64_t capacity = check_count(L, 2, "routing:limit", "capacity");
-  if (!lua_isnoneornil(L, 3) && lua_type(L, 3) != LUA_TSTRING)
-    return moeL_argerror(L, "routing:limit", 3, "policy", "\"probs\" or \"position\"");
-  const char *word = luaL_optstring(L, 3, "probs");
   int policy = 0;
-  while (policies[policy] && strcmp(policies[policy], word) != 0) policy++;
-  if (policies[policy] == NULL)
-    return luaL_error(L, "routing:limit: unknown drop policy '%s' (probs, position)", word);
+  moe_tensor *priority = moeL_istensor(L, 3) ? moeL_checktensor(L, 3, "routing:limit") : NULL;
+  if (priority) {
+    policy = MOE_DROP_PRIORITY;
+  } else if (!lua_isnoneornil(L, 3)) {
+    if (lua_type(L, 3) != LUA_TSTRING)
+      return moeL_argerror(L, "routing:limit", 3, "policy", "\"probs\", \"position\" or a tensor of priorities");
+    const char *word = lua_tostring(L, 3);
+    while (policies[policy] && strcmp(policies[policy], word) != 0) policy++;
+    if (policies[policy] == NULL)
+      return luaL_error(L, "routing:limit: unknown drop policy '%s' (probs, position)", word);
+  }
   lua_settop(L, 3);
   moeL_routing *box = push_empty(L);
   lua_getiuservalue(L, 1, 1);
@@ -145,7 +150,7 @@ static int routing_limit(lua_State *L) {
   lua_pop(L, 2);
   moeL_frame f;
   moeL_enter(L, &f);
-  box->r = moe_routing_limit(r, capacity, (moe_drop)policy);
+  box->r = moe_routing_limit(r, capacity, (moe_drop)policy, priority);
   return moeL_leave(L, &f, box->r ? MOE_OK : moe_error_code(), 1);
 }
 

@@ -239,12 +239,19 @@ static bool rows_kept(entries *e, const moe_routing *r, const uint8_t *keep, boo
   return ok;
 }
 
-static moe_status limit(moe_routing *out, const moe_routing *r, int64_t capacity, moe_drop policy) {
+static moe_status limit(moe_routing *out, const moe_routing *r, int64_t capacity, moe_drop policy,
+                        moe_tensor *priority) {
   moe_plan p = moe_routing_plan(r);
   int64_t n = p.rows, kept = 0;
   moe_tensor *keep = moe_empty(1, &n, MOE_u8, moe_dev(r->plan[0]));
-  moe_tensor *w = r->weight ? moe_dense(r->weight, moe_dtype_compute(r->weight->dtype)) : NULL;
-  if (keep == NULL || (r->weight && w == NULL)) return moe_error_code();
+  moe_tensor *by = policy == MOE_DROP_PRIORITY ? priority : r->weight;
+  if (priority && (!moe_dtype_is_float(priority->dtype) || moe_numel(priority) != n)) {
+    char s[MOE_SHAPE_TEXT];
+    return moe_fail(MOE_EINVAL, "routing:limit: the priority is a %s tensor %s, wanted floats [%lld], one an assignment",
+                    moe_dtype_name(priority->dtype), moe_shape_of(s, priority), (long long)n);
+  }
+  moe_tensor *w = by ? moe_dense(by, moe_dtype_compute(by->dtype)) : NULL;
+  if (keep == NULL || (by && w == NULL)) return moe_error_code();
   MOE_TRY(MOE_RUN(moe_dev(keep), "routing:limit", route_limit, moe_data(keep), &p, w ? moe_data(w) : NULL,
                   w ? w->dtype : MOE_f32, capacity, policy));
   uint8_t *host = malloc((size_t)MOE_MAX(n, 1));
@@ -266,7 +273,7 @@ static moe_status limit(moe_routing *out, const moe_routing *r, int64_t capacity
   return out->demand ? MOE_OK : moe_error_code();
 }
 
-moe_routing *moe_routing_limit(const moe_routing *r, int64_t capacity, moe_drop policy) {
+moe_routing *moe_routing_limit(const moe_routing *r, int64_t capacity, moe_drop policy, moe_tensor *priority) {
   if (capacity < 0) {
     moe_fail(MOE_EINVAL, "routing:limit: capacity must not be negative, got %lld", (long long)capacity);
     return NULL;
@@ -282,7 +289,7 @@ moe_routing *moe_routing_limit(const moe_routing *r, int64_t capacity, moe_drop 
   out->masked = r->masked;
   out->none = r->none;
   moe_scope s = moe_scope_open();
-  moe_status st = limit(out, r, capacity, policy);
+  moe_status st = limit(out, r, capacity, policy, priority);
   moe_scope_close(s);
   if (st == MOE_OK) return out;
   moe_routing_free(out);

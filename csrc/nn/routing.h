@@ -32,8 +32,8 @@ moe_routing *moe_routing_dense(moe_tensor *gates, moe_tensor *mask);
 moe_routing *moe_routing_experts(moe_tensor *index, moe_tensor *weight, int64_t tokens, moe_tensor *mask,
                                  int base);
 moe_routing *moe_routing_soft(moe_tensor *dispatch, moe_tensor *combine);
-/* The same with at most `capacity` assignments an expert. */
-moe_routing *moe_routing_limit(const moe_routing *r, int64_t capacity, moe_drop policy);
+/* The same with at most `capacity` assignments an expert. priority: floats [rows] for MOE_DROP_PRIORITY, else NULL. */
+moe_routing *moe_routing_limit(const moe_routing *r, int64_t capacity, moe_drop policy, moe_tensor *priority);
 
 moe_routing *moe_routing_retain(moe_routing *r);
 void moe_routing_free(moe_routing *r); /* one reference less */

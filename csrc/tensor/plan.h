@@ -32,8 +32,9 @@ typedef enum moe_choice {
 
 /* Whom an expert keeps when more tokens want it than it has room for: the slot route_limit. */
 typedef enum moe_drop {
-  MOE_DROP_PROBS,   /* keeps the largest weights, equals in order of token */
-  MOE_DROP_POSITION /* keeps the first tokens */
+  MOE_DROP_PROBS,    /* keeps the largest weights, equals in order of token */
+  MOE_DROP_POSITION, /* keeps the first tokens */
+  MOE_DROP_PRIORITY  /* keeps the largest of numbers given for the rows */
 } moe_drop;
 
 /* What a router makes of its logits. ORDER MOE_SCORE: the choices of the option `score` in op/ops.def. */

@@ -5,6 +5,14 @@
 --   local y, routing = layer(x)            -- x: [.., d_model]
 --   (loss + routing:aux()):backward()
 --
+-- Options: d_model, num_experts; router (a description, a module, or a function (x, ctx) -> routing; two experts a token by
+-- softmax when absent), experts (a bank, or a function (x, routing, ctx) -> y), shared (a bank that sees every token) and
+-- shared_combine: "add", "gate" (times sigmoid of a projection), "average" (over k + 1) or "residual" (a learned mixture
+-- of the two); balance: losses and controllers, see moe.balance; bias_update_rate: balance by the selection bias;
+-- capacity_factor, eval_capacity_factor, min_capacity: at most factor x assignments / experts an expert (dropless when
+-- absent); drop_policy: "probs", "position", "random", or a function (routing, ctx) -> priorities [A]; force: "uniform", a
+-- recorded routing.index, or a function (x, ctx) -> index. `layer.force` can be set later.
+--
 -- layer(x, ctx): what the caller puts into ctx (step, token ids, mask, ...) reaches routers, losses and experts. The layer adds
 -- shape (x's leading sizes) and layer (itself), and leaves in the caller's table `routing`, its own, and
 -- `routings`, those of all layers so far: moe.loss.aux(ctx) adds up their losses. A fresh ctx for each forward.
@@ -25,8 +33,14 @@ local ROWS <const> = {
   shared_combine = { { "add", "gate", "average", "residual" }, "add" },
   balance = { "function|table" }, bias_update_rate = { "number|function" },
   capacity_factor = { "number" }, eval_capacity_factor = { "number" }, min_capacity = { "integer", 1 },
-  drop_policy = { { "probs", "position" }, "probs" },
+  drop_policy = { "string|function", "probs" },
   force = { "string|userdata|function" }, dtype = { "string" }, device = { "string" },
+}
+
+-- Whom an expert keeps: a policy of routing:limit, or a function (routing, ctx) -> priorities [A], the largest stay.
+local DROPS <const> = {
+  probs = "probs", position = "position",
+  random = function(routing) return core.rand(routing.num_assignments) end,
 }
 
 -- The load of more experts than this is not kept: it would cost more than the layer itself.
@@ -57,6 +71,9 @@ function Layer:init(given)
   end
   for _, key in ipairs { "capacity_factor", "eval_capacity_factor" } do
     if o[key] and (o[key] <= 0 or o[key] ~= o[key]) then fail("option '%s' must be positive, got %g", key, o[key]) end
+  end
+  if type(o.drop_policy) == "string" and not DROPS[o.drop_policy] then
+    fail("option 'drop_policy' must be probs, position, random or a function (routing, ctx), got %q", o.drop_policy)
   end
   local sizes = { d_model = o.d_model, num_experts = o.num_experts, dtype = o.dtype, device = o.device }
   local losses = o.balance or {}
@@ -116,7 +133,9 @@ function Layer:decide(x, ctx)
   if not self.training and o.eval_capacity_factor then factor = o.eval_capacity_factor end
   if factor and not routing.dispatch then
     local capacity = math.max(o.min_capacity, math.ceil(factor * routing.num_assignments / self.num_experts))
-    routing = routing:limit(capacity, o.drop_policy)
+    local drop = DROPS[o.drop_policy] or o.drop_policy
+    if type(drop) == "function" then drop = drop(routing, ctx) end
+    routing = routing:limit(capacity, drop)
   end
   return routing
 end
@@ -232,7 +251,10 @@ end
 function Layer:extra()
   local o = self._options
   local parts = { ("d_model=%d, num_experts=%d"):format(o.d_model, o.num_experts) }
-  if o.capacity_factor then parts[#parts + 1] = ("capacity_factor=%g, drop=%s"):format(o.capacity_factor, o.drop_policy) end
+  if o.capacity_factor then
+    local drop = DROPS[o.drop_policy] and o.drop_policy or "function"
+    parts[#parts + 1] = ("capacity_factor=%g, drop=%s"):format(o.capacity_factor, drop)
+  end
   if type(o.router) == "function" then parts[#parts + 1] = "router=function" end
   for _, loss in ipairs(self._losses) do
     if type(loss) == "table" then parts[#parts + 1] = tostring(loss):gsub("^moe%.loss%.", "") end

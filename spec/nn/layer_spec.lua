@@ -175,6 +175,17 @@ describe("moe.layer", function()
     local first = layer_of { router = fixed(index, weight), capacity_factor = 1, drop_policy = "position", min_capacity = 2 }
     local _, third = first(x)
     assert.same({ 3 }, third.dropped_token:totable())
+    local last = layer_of { router = fixed(index, weight), capacity_factor = 1, drop_policy = function(r, ctx)
+      assert(ctx.layer)
+      return r.token:to "f32" -- the last tokens stay
+    end }
+    assert.same({ 1, 2 }, select(2, last(x)).dropped_token:totable())
+    local lost = {}
+    local random = layer_of { router = fixed(index, weight), capacity_factor = 1, drop_policy = "random" }
+    for _ = 1, 50 do
+      for _, t in ipairs(select(2, random(x)).dropped_token:totable()) do lost[t] = true end
+    end
+    assert.same({ true, true, true }, lost)
   end)
 
   it("moves the selection bias once a step, towards the mean load", function()
@@ -368,7 +379,7 @@ describe("moe.layer", function()
       { "option 'experts' is missing", function() return moe.layer { d_model = 4, num_experts = 2 } end },
       { "'num_experts' must be at least 1", function() return layer_of { num_experts = 0 } end },
       { "'capacity_factor' must be positive", function() return layer_of { capacity_factor = 0 } end },
-      { "'drop_policy' must be one of probs, position", function() return layer_of { drop_policy = "best" } end },
+      { "'drop_policy' must be probs, position", function() return layer_of { drop_policy = "best" } end },
       { "balance%[1%] must be a function", function() return layer_of { balance = { 3 } } end },
       { "x is %[2, 5%], wanted %[%.%., 6%]", function() return layer_of {}(moe.ones(2, 5)) end },
       { "argument 1 %(x%) must be a tensor", function() return layer_of {}(3) end },

@@ -238,6 +238,9 @@ describe("moe.routing", function()
       { "routing.soft: dispatch is", function() return moe.routing.soft(moe.ones(2, 2), moe.ones(2, 2)) end },
       { "fixed number of slots", function() return moe.routing.soft(moe.ones(2, 2, 1), moe.ones(2, 2, 1)):limit(1) end },
       { "capacity must not be negative", function() return moe.routing.topk(i64 { { 1 } }, nil, 1):limit(-1) end },
+      { "the priority is a f32 tensor %[2%], wanted floats %[1%]", function()
+        return moe.routing.topk(i64 { { 1 } }, nil, 1):limit(1, moe.ones(2))
+      end },
       { "unknown drop policy", function() return moe.routing.topk(i64 { { 1 } }, nil, 1):limit(1, "random") end },
       { "wanted floats %[2, d%]", function() return moe.routing.topk(i64 { { 1 }, { 1 } }, nil, 1):gather(moe.ones(3, 2)) end },
       { "wanted floats %[1, n, 4%]",
