@@ -59,11 +59,12 @@ moe_status moe_shape_numel(const char *op, int ndim, const int64_t *shape, int64
   return MOE_OK;
 }
 
+/* Beside a size of 0 the others may be of any size: then the strides mean nothing and may wrap. */
 void moe_contiguous_strides(int ndim, const int64_t *shape, int64_t *stride) {
-  int64_t step = 1;
+  uint64_t step = 1;
   for (int i = ndim - 1; i >= 0; i--) {
-    stride[i] = step;
-    step *= shape[i] > 0 ? shape[i] : 1;
+    stride[i] = (int64_t)step;
+    step *= shape[i] > 0 ? (uint64_t)shape[i] : 1;
   }
 }
 
