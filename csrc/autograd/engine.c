@@ -56,7 +56,7 @@ static moe_status collect(walk *w, moe_tensor **root, int nroot) {
   for (int i = 0; i < nroot; i++) MOE_TRY(visit(w, root[i]->node));
   for (int64_t k = 0; k < w->n; k++) /* the list grows while it is read */
     for (int i = 0; i < w->node[k]->nin; i++) MOE_TRY(visit(w, w->node[k]->edge[i].node));
-  qsort(w->node, (size_t)w->n, sizeof *w->node, newest_first);
+  if (w->n > 1) qsort(w->node, (size_t)w->n, sizeof *w->node, newest_first);
   for (int64_t k = 0; k < w->n; k++) {
     moe_node *n = w->node[k];
     n->grad = calloc((size_t)n->nout + 1, sizeof *n->grad);

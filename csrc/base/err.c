@@ -29,6 +29,12 @@ moe_status moe_fail_prefix(const char *prefix) {
   return last_code;
 }
 
+moe_status moe_fail_name(const char *name) {
+  size_t n = strspn(message, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.");
+  if (last_code == MOE_ECALLBACK || (n > 0 && message[n] == ':')) return last_code;
+  return moe_fail_prefix(name);
+}
+
 const char *moe_error(void) { return message; }
 moe_status moe_error_code(void) { return last_code; }
 

@@ -43,6 +43,8 @@ enum {
 moe_status moe_fail(moe_status code, const char *fmt, ...) MOE_PRINTF(2, 3) MOE_COLD;
 /* Puts "prefix: " before the message of the last failure; returns its code. */
 moe_status moe_fail_prefix(const char *prefix) MOE_COLD;
+/* The same, where the message does not begin with a name and a colon already; returns its code. */
+moe_status moe_fail_name(const char *name) MOE_COLD;
 const char *moe_error(void);
 moe_status moe_error_code(void);
 void moe_error_clear(void);

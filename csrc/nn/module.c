@@ -119,6 +119,7 @@ moe_module *moe_module_new(const moe_module_class *cls, const moe_value *opt) {
   if (st == MOE_OK) st = cls->init(m);
   moe_scope_close(s);
   if (st == MOE_OK) return m;
+  moe_fail_name(cls->name);
   moe_module_free(m);
   return NULL;
 }

@@ -33,7 +33,6 @@ moe_tensor *moe_out(moe_ctx *c, int k, int ndim, const int64_t *shape, moe_dtype
     t = moe_detach(x); /* an alias: what is saved of the old value stays apart from the new one */
   } else {
     t = moe_empty(ndim, shape, dtype, c->arg[0].kind == MOE_K_tensor ? moe_dev(c->arg[0].t) : moe_cpu());
-    if (t == NULL) moe_fail_prefix(c->op->name); /* too large, or no memory: of what */
   }
   if (t == NULL) return NULL;
   c->out[k] = t;
@@ -238,6 +237,7 @@ moe_status moe_call(const moe_op *op, int base, bool inplace, const moe_value *a
     st = op->backward ? moe_record(&c) : check_differentiable(&c);
   if (st != MOE_OK) {
     moe_scope_close(scope);
+    moe_fail_name(op->name); /* the makers of tensors do not know whose was too large */
     return st;
   }
   if (inplace && c.out[0] != c.inplace) { /* the alias hands its history over */

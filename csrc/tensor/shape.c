@@ -49,8 +49,8 @@ moe_status moe_shape_numel(const char *op, int ndim, const int64_t *shape, int64
     if (shape[i] == 0) empty = true;
     else if (__builtin_mul_overflow(n, shape[i], &n)) over = true, n = 1;
   }
-  /* 2^59 elements of 8 bytes still count in an int64_t */
-  if (!empty && (over || n > (int64_t)1 << 59)) {
+  /* More than addresses reach. A size of 0 excuses no other: strides and loops over leading sizes still count them. */
+  if (over || n > (int64_t)1 << 48) {
     char b[MOE_SHAPE_TEXT];
     return moe_fail(MOE_EINVAL, "%s%sa tensor of shape %s is too large", op ? op : "", op ? ": " : "",
                     moe_shape_text(b, ndim, shape));
