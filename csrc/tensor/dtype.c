@@ -67,10 +67,10 @@ uint16_t moe_f32_to_f16(float f) {
 
 double moe_load_f64(const void *p, moe_dtype t) {
   switch (t) {
-    case MOE_f32: return *(const float *)p;
+    case MOE_f32: return (double)*(const float *)p;
     case MOE_f64: return *(const double *)p;
-    case MOE_bf16: return moe_bf16_to_f32(*(const uint16_t *)p);
-    case MOE_f16: return moe_f16_to_f32(*(const uint16_t *)p);
+    case MOE_bf16: return (double)moe_bf16_to_f32(*(const uint16_t *)p);
+    case MOE_f16: return (double)moe_f16_to_f32(*(const uint16_t *)p);
     default: return (double)moe_load_i64(p, t);
   }
 }
