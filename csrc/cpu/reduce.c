@@ -414,6 +414,7 @@ moe_status MOE_CPU(prod_bwd)(void *gx, const void *g, const void *x, int64_t out
 
 moe_status MOE_CPU(scan)(void *y, const void *x, int64_t outer, int64_t n, int64_t inner, moe_dtype dt, int kind,
                          bool reverse) {
+  if (n == 0) return MOE_OK; /* reversed scans begin at n - 1 */
   real_job b = {.y = y, .a = x, .n = n, .inner = inner, .kind = kind, .flag = reverse};
   return run_real("scan", scan_f32, scan_f64, scan_i64, dt, outer, &b);
 }
