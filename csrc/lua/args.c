@@ -175,7 +175,7 @@ static moe_value read_value(reader *r, int idx, int arg) {
       return v;
     case MOE_K_enum: return read_enum(r, idx, arg);
     case MOE_K_dtype: {
-      moe_dtype dt;
+      moe_dtype dt = MOE_f32;
       if (type != LUA_TSTRING || !moe_dtype_from_name(lua_tostring(L, idx), &dt)) bad(r, idx, arg);
       v.i = dt;
       return v;
