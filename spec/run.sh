@@ -23,7 +23,8 @@ while [ $# -gt 0 ]; do
 done
 
 setup_tools --tests
-options=()
+options=(-DMOE_BUILD_CHECKS=ON)
+[ -n "${CI:-}" ] && options+=(-DMOE_WERROR=ON)
 if [ $sanitize = 1 ]; then
   [ "$build" = build ] && build=build-asan
   options+=(-DMOE_SANITIZE=ON)

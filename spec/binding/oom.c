@@ -32,8 +32,8 @@ static const char *const snippets[] = {
     "local w = moe.randn(4, 4, {requires_grad = true}); local l = (w:matmul(w):silu() * 2):sum(); l:backward(); return w.grad",
     "local w = moe.ones(4, {requires_grad = true}); return moe.grad((w * w):sum(), w)",
     "local a, b = moe.randn(4, 6):chunk(2, 2); return moe.cat({a, b}, 1)",
-    "local f = moe.fn{forward = function(c, x) c.x = x; return x * x end, backward = function(c, g) return g * c.x * 2 end};"
-    "local w = moe.ones(3, {requires_grad = true}); f(f(w)):sum():backward()",
+    ("local f = moe.fn{forward = function(c, x) c.x = x; return x * x end, backward = function(c, g) return g * c.x * 2 end};"
+     "local w = moe.ones(3, {requires_grad = true}); f(f(w)):sum():backward()"),
     "local w = moe.ones(3, {requires_grad = true}); w:register_hook(function(g) return g * 2 end); (w * 3):sum():backward()",
     "local w = moe.ones(3, {requires_grad = true}); moe.checkpoint(function(x) return (x * w):exp() end, w):sum():backward()",
     "return tostring(moe.randn(20, 20))",
