@@ -126,7 +126,10 @@ describe("gather and scatter", function()
       ishape[dim] = 7
       local x, src = numbers(shape), numbers(ishape, 5)
       local ids = helper.tensor(positions(ishape[1] * ishape[2] * ishape[3], shape[dim]), ishape, { dtype = "i64" })
-      local layouts = { { x, ids, src }, { x:permute(3, 1, 2):contiguous():permute(2, 3, 1), ids:transpose(1, 3):contiguous():transpose(1, 3), src } }
+      local layouts = {
+        { x, ids, src },
+        { x:permute(3, 1, 2):contiguous():permute(2, 3, 1), ids:transpose(1, 3):contiguous():transpose(1, 3), src },
+      }
       for _, l in ipairs(layouts) do
         local y, put, add = l[1]:gather(dim, l[2]), l[1]:scatter(dim, l[2], l[3]), l[1]:scatter_add(dim, l[2], l[3])
         local want_put, want_add = x:totable(), x:totable()

@@ -287,7 +287,8 @@ describe("elementwise losses", function()
   end)
 
   it("kl_div: nothing where the target is 0; bce: extreme logits", function()
-    assert.close({ 0, math.log(0.5) * 0.5 + 1 }, moe.kl_div(moe.tensor { -inf, -2 }, moe.tensor { 0, 0.5 }, { reduction = "none" }), { rtol = 1e-5 })
+    assert.close({ 0, math.log(0.5) * 0.5 + 1 }, moe.kl_div(moe.tensor { -inf, -2 }, moe.tensor { 0, 0.5 }, { reduction = "none" }),
+      { rtol = 1e-5 })
     assert.close({ 0, 1000, 0, 1000 }, moe.bce_with_logits(moe.tensor { 1000, 1000, -1000, -1000 }, moe.tensor { 1, 0, 0, 1 },
       { reduction = "none" }))
   end)

@@ -92,9 +92,8 @@ describe("reductions", function()
         each_form(x, function(v, form)
           for _, dims in ipairs(subsets) do
             if #dims > 0 or (name ~= "var" and name ~= "std") then
-              local expected, rest = {}, nil
-              local list
-              list, rest = groups(flat, shape, dims)
+              local expected = {}
+              local list, rest = groups(flat, shape, dims)
               for k, g in ipairs(list) do
                 local e = oracle[name](g)
                 expected[k] = e == true and 1 or e == false and 0 or e

@@ -24,7 +24,8 @@ describe("the text of a tensor", function()
   end)
 
   it("never has more than 12 lines, whatever the shape", function()
-    for _, shape in ipairs { { 10 }, { 11 }, { 1000 }, { 12, 3 }, { 10, 3 }, { 500, 500 }, { 2, 100, 3 }, { 1, 100, 3 }, { 7, 4, 50 }, { 3, 4, 5, 6 },
+    for _, shape in ipairs { { 10 }, { 11 }, { 1000 }, { 12, 3 }, { 10, 3 }, { 500, 500 }, { 2, 100, 3 }, { 1, 100, 3 }, { 7, 4, 50 },
+      { 3, 4, 5, 6 },
       { 1, 1, 1, 11, 2 }, { 2, 1, 1, 3, 3 } } do
       local t = moe.randn(shape) * 1e-9
       local l = lines(t)

@@ -17,9 +17,11 @@ end
 describe("a view", function()
   it("shares the storage of its tensor", function()
     local x = arange(4, 6)
-    for _, v in ipairs { x:view(24), x:reshape(2, 12), x:flatten(), x:t(), x:transpose(1, 2), x:permute(2, 1), x:select(1, 2), x:narrow(2, 2, 3),
-      x:slice(2, 1, 6, 2), x:expand(2, 4, 6), x:unsqueeze(1), x:squeeze(), x:diagonal(), x:unfold(1, 2), x:movedim(1, 2), x:detach(), (x:chunk(2)),
-      (x:split(1)), (x:unbind()), x:unflatten(2, 2, 3) } do
+    for _, v in ipairs {
+      x:view(24), x:reshape(2, 12), x:flatten(), x:t(), x:transpose(1, 2), x:permute(2, 1), x:select(1, 2),
+      x:narrow(2, 2, 3), x:slice(2, 1, 6, 2), x:expand(2, 4, 6), x:unsqueeze(1), x:squeeze(), x:diagonal(),
+      x:unfold(1, 2), x:movedim(1, 2), x:detach(), (x:chunk(2)), (x:split(1)), (x:unbind()), x:unflatten(2, 2, 3),
+    } do
       assert.equal(x:storage_id(), v:storage_id())
     end
     x:select(1, 2):fill_(0)
