@@ -11,7 +11,10 @@ local experts = moe.layer {
 local outer = moe.nn.linear(16, 1)
 local optimizer = moe.optim.adamw(moe.nn.list { inner, experts, outer }, { lr = 1e-2 })
 
-local function model(x) return outer(experts(inner(x))) end
+local function model(x)
+  local y = experts(inner(x)) -- the routing, its second result, is of no use here
+  return outer(y)
+end
 
 for _ = 1, 400 do
   local x = moe.rand(64, 1)
