@@ -15,7 +15,7 @@
 #include "tensor/reduction.h"
 
 enum {
-  BLOCK = 1024, /* elements summed in the element's own type before they go to f64 */
+  BLOCK = 256,  /* elements summed in the element's own type before they go to f64 */
   TILE = 64,    /* columns handled together where inner > 1 */
   CHUNK = 32768 /* elements of one piece of a long reduction */
 };
