@@ -11,7 +11,7 @@ static const char context_key = 'c', callback_key = 'e';
 /* A full collection runs at a call's entry when live tensor bytes pass twice what lived after the last one, and at least
 ** this much more. Small enough that a loop's dead tensors do not push its working set out of the cache, large enough that
 ** a collection (1.7 ms at 100,000 Lua objects) is a few percent of the time in which a machine can write that much. */
-static const int64_t slack = (int64_t)64 << 20;
+static const int64_t slack = (int64_t)32 << 20;
 
 moeL_ctx *moeL_context(lua_State *L) {
   lua_rawgetp(L, LUA_REGISTRYINDEX, &context_key);
