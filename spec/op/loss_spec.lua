@@ -318,3 +318,25 @@ describe("elementwise losses", function()
     assert.matches("huber: delta must be positive, got 0", helper.error_of(moe.huber, moe.zeros(2), moe.zeros(2), 0))
   end)
 end)
+
+describe("cross entropy as PyTorch computes it", function()
+  local fixture = dofile "spec/fixture/cross_entropy.lua"
+  for _, case in ipairs(fixture.cases) do
+    local name = ("%s targets, weight %s, smoothing %g, %s"):format(case.kind, case.weight, case.smoothing, case.reduction)
+    it(name, function()
+      for dtype, tol in pairs { f64 = 1e-12, f32 = 2e-5 } do
+        local x = moe.tensor(fixture.logits, { dtype = dtype, requires_grad = true })
+        local target = case.kind == "class" and moe.tensor(fixture.target, i64) or moe.tensor(fixture.probs, { dtype = dtype })
+        local loss = moe.cross_entropy(x, target, {
+          weight = case.weight and moe.tensor(fixture.weight, { dtype = dtype }) or nil,
+          ignore_index = case.kind == "class" and 0 or nil,
+          label_smoothing = case.smoothing, reduction = case.reduction,
+        })
+        assert.close(case.loss, loss, { rtol = tol, atol = tol })
+        local total = case.reduction == "none" and (loss * moe.tensor({ 1, 2, 3, 4, 5 }, { dtype = dtype })):sum() or loss
+        total:backward()
+        assert.close(case.grad, x.grad, { rtol = tol, atol = tol })
+      end
+    end)
+  end
+end)
