@@ -23,7 +23,7 @@ while [ $# -gt 0 ]; do
 done
 
 setup_tools --tests
-options=(-DMOE_BUILD_CHECKS=ON)
+options=(-DMOE_BUILD_CHECKS=ON -DMOE_BUILD_EMBED=ON)
 [ -n "${CI:-}" ] && options+=(-DMOE_WERROR=ON)
 if [ $sanitize = 1 ]; then
   [ "$build" = build ] && build=build-asan
