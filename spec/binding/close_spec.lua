@@ -89,3 +89,17 @@ describe("a variable that closes", function()
     assert.equal(before, moe.memory().live)
   end)
 end)
+
+describe("a host", function()
+  it("may open and close states as often as it likes", function()
+    local core = assert(package.searchpath("moe.core", package.cpath))
+    local program = core:gsub("moe/core%.%w+$", "reopen_check")
+    local file = io.open(program)
+    if not file then return pending "reopen_check is not built (cmake -DMOE_BUILD_CHECKS=ON)" end
+    file:close()
+    local pipe = assert(io.popen(("LUA_PATH='%s' LUA_CPATH='%s' '%s' 2>&1"):format(package.path, package.cpath, program)))
+    local text = pipe:read "a"
+    assert.truthy(pipe:close(), text)
+    assert.matches("20 states opened and closed", text)
+  end)
+end)
