@@ -1,7 +1,8 @@
 /* Arguments by signature: what a row of the operation table (or of the layer table) wants, read from the Lua stack.
 **
 ** Positional arguments come first; a trailing table with string keys gives the rest by name. A list parameter takes
-** a table, or all following integers when no later parameter could take one: x:view(2, 3), x:sum(1, 2, true).
+** a table, or all following integers when no later parameter could take one: x:view(2, 3), x:sum(1, 2, true); a list of
+** tensors likewise: moe.einsum("ij,jk->ik", a, b).
 */
 #include <math.h>
 #include <string.h>
@@ -105,6 +106,16 @@ static moe_value read_tensors(reader *r, int idx, int arg) {
   v.list.v = list;
   v.list.n = (int)n;
   return v;
+}
+
+/* `count` tensors that stand on the stack from position idx on: f(a, b, c) for f({a, b, c}). */
+static moe_value gather_tensors(reader *r, int idx, int count) {
+  lua_createtable(r->L, count, 0);
+  for (int k = 0; k < count; k++) {
+    lua_pushvalue(r->L, idx + k);
+    lua_rawseti(r->L, -2, k + 1);
+  }
+  return read_tensors(r, lua_gettop(r->L), idx);
 }
 
 static moe_value read_enum(reader *r, int idx, int arg) {
@@ -263,6 +274,13 @@ void moeL_readargs(lua_State *L, const char *fname, const moe_signature *sig, in
       continue;
     }
     given[i] = true;
+    if (p->kind == MOE_K_tensors && moeL_istensor(L, a)) {
+      int count = 0;
+      while (a + count <= last && moeL_istensor(L, a + count)) count++;
+      v[i] = gather_tensors(&r, a, count);
+      a += count;
+      continue;
+    }
     bool swallow = is_list_kind(p->kind) && lua_type(L, a) == LUA_TNUMBER;
     for (int k = i + 1; swallow && k < n; k++) swallow = !takes_integer(sig->param[k].kind);
     if (!swallow) {

@@ -126,4 +126,10 @@ describe("einsum", function()
     end
     assert.truthy(helper.error_of(moe.einsum, "ij", {}):find("takes from 1 to 16 tensors", 1, true))
   end)
+
+  it("takes its tensors in a list or one after the other", function()
+    local a, b = moe.randn(2, 3), moe.randn(3, 4)
+    assert.close(moe.einsum("ij,jk->ik", { a, b }), moe.einsum("ij,jk->ik", a, b), { rtol = 0, atol = 0 })
+    assert.equal(5, #moe.cat(moe.ones(2), moe.ones(3), 1))
+  end)
 end)
