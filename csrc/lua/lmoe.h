@@ -25,7 +25,7 @@
 
 #define MOEL_TENSOR "moe.Tensor"
 
-/* One a Lua state: upvalue 1 of every bound function, and in the registry under moeL_ctx_key. */
+/* One a Lua state, in the registry: see moeL_context. */
 typedef struct moeL_ctx {
   moe_env env;
   int64_t collect_at;   /* live bytes at which an entry collects (moe.memory counts them) */

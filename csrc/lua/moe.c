@@ -41,8 +41,7 @@ static void collect(lua_State *L, moeL_ctx *c) {
 }
 
 void moeL_enter(lua_State *L, moeL_frame *f) {
-  moeL_ctx *c = lua_touserdata(L, lua_upvalueindex(1));
-  if (c == NULL) c = moeL_context(L);
+  moeL_ctx *c = moeL_context(L); /* not upvalue 1: a closure may keep something else there */
   if (moe_memory_live(moe_cpu()) > c->collect_at) collect(L, c);
   f->ctx = c;
   f->outer = moe_env_set(&c->env);

@@ -52,12 +52,14 @@ static void keep(lua_State *L, int arg, const char *name) {
 
 /* --- constructors --- */
 
-/* topk(index, weight?, num_experts, mask?) */
-static int sparse_topk(lua_State *L) {
-  const char *fname = "routing.topk";
+/* topk(index, weight?, num_experts, mask?) and experts(index, weight?, num_tokens, mask?): the index lists choices of
+** one side, `limit` is the size of the other. */
+typedef moe_routing *by_index_fn(moe_tensor *index, moe_tensor *weight, int64_t limit, moe_tensor *mask, int base);
+
+static int by_index(lua_State *L, const char *fname, const char *limit_name, by_index_fn *make) {
   moe_tensor *index = moeL_checktensor(L, 1, fname), *weight = opt_tensor(L, 2, fname),
              *mask = opt_tensor(L, 4, fname);
-  int64_t experts = check_count(L, 3, fname, "num_experts");
+  int64_t limit = check_count(L, 3, fname, limit_name);
   lua_settop(L, 4);
   moeL_routing *box = push_empty(L);
   keep(L, 1, "index");
@@ -66,9 +68,12 @@ static int sparse_topk(lua_State *L) {
   lua_pop(L, 1);
   moeL_frame f;
   moeL_enter(L, &f);
-  box->r = moe_routing_topk(index, weight, experts, mask, 1);
+  box->r = make(index, weight, limit, mask, 1);
   return moeL_leave(L, &f, box->r ? MOE_OK : moe_error_code(), 1);
 }
+
+static int sparse_topk(lua_State *L) { return by_index(L, "routing.topk", "num_experts", moe_routing_topk); }
+static int sparse_experts(lua_State *L) { return by_index(L, "routing.experts", "num_tokens", moe_routing_experts); }
 
 /* dense(gates, mask?) */
 static int sparse_dense(lua_State *L) {
@@ -81,24 +86,6 @@ static int sparse_dense(lua_State *L) {
   moeL_frame f;
   moeL_enter(L, &f);
   box->r = moe_routing_dense(gates, mask);
-  return moeL_leave(L, &f, box->r ? MOE_OK : moe_error_code(), 1);
-}
-
-/* experts(index, weight?, num_tokens, mask?) */
-static int sparse_experts(lua_State *L) {
-  const char *fname = "routing.experts";
-  moe_tensor *index = moeL_checktensor(L, 1, fname), *weight = opt_tensor(L, 2, fname),
-             *mask = opt_tensor(L, 4, fname);
-  int64_t tokens = check_count(L, 3, fname, "num_tokens");
-  lua_settop(L, 4);
-  moeL_routing *box = push_empty(L);
-  keep(L, 1, "index");
-  keep(L, 2, "gate");
-  keep(L, 4, "mask");
-  lua_pop(L, 1);
-  moeL_frame f;
-  moeL_enter(L, &f);
-  box->r = moe_routing_experts(index, weight, tokens, mask, 1);
   return moeL_leave(L, &f, box->r ? MOE_OK : moe_error_code(), 1);
 }
 

@@ -1,4 +1,5 @@
 /* The tensor userdata: boxes, fields, and the methods that are not rows of the operation table. */
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -449,17 +450,19 @@ static int tensor_storage_id(lua_State *L) {
   return 1;
 }
 
+static moe_signature tensor_options;
+static pthread_once_t tensor_options_once = PTHREAD_ONCE_INIT; /* states of several threads share it */
+
+static void parse_tensor_options(void) {
+  moe_signature_parse("dtype:dtype?, device:device?, requires_grad:bool=false", "tensor", &tensor_options);
+}
+
 /* moe.tensor(data, {dtype=, device=, requires_grad=}): a number, a boolean, nested tables, or a tensor to copy. */
 static int core_tensor(lua_State *L) {
-  static moe_signature sig;
-  static bool parsed;
-  if (!parsed) { /* the same result whoever writes it */
-    moe_signature_parse("dtype:dtype?, device:device?, requires_grad:bool=false", "tensor", &sig);
-    parsed = true;
-  }
+  pthread_once(&tensor_options_once, parse_tensor_options);
   moe_value v[MOE_MAX_PARAM];
   luaL_checkany(L, 1);
-  moeL_readargs(L, "tensor", &sig, 2, v);
+  moeL_readargs(L, "tensor", &tensor_options, 2, v);
   bool given = v[0].kind != MOE_K_none, leaf = v[2].kind != MOE_K_none && v[2].i;
   moe_dtype dtype = given ? (moe_dtype)v[0].i : MOE_f32;
   moe_device *dev = v[1].kind != MOE_K_none ? v[1].dev : moe_cpu();

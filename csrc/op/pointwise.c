@@ -133,6 +133,29 @@ SLOPE(gelu_tanh) {
   moe_tensor *inner = TIMES(TIMES(k, T(ONE_MINUS(MOE_CALL(square, T(t))))), T(du));
   return TIMES(PLUS(PLUS(t, F(1)), T(inner)), F(0.5));
 }
+
+/* The walk of a fused backward: gx <- g times a slope of what the forward kept, all in the type of computing. */
+typedef struct slope_walk {
+  moe_tensor *gx;
+  moe_dtype work;
+  moe_iter it;
+} slope_walk;
+
+static moe_status slope_begin(const moe_ctx *c, moe_tensor *g, moe_tensor *kept, slope_walk *w) {
+  const moe_meta *x = &c->in[0];
+  w->work = moe_dtype_compute(x->dtype);
+  g = moe_to_raw(g, w->work, x->device);
+  kept = moe_to_raw(kept, w->work, x->device);
+  w->gx = moe_empty(x->ndim, x->shape, w->work, x->device);
+  if (g == NULL || kept == NULL || w->gx == NULL) return moe_error_code();
+  moe_iter_make(&w->it, w->gx->ndim, w->gx->shape, 3, (moe_tensor *const[]){w->gx, g, kept});
+  return MOE_OK;
+}
+
+static moe_status slope_end(moe_ctx *c, const slope_walk *w) {
+  c->gin[0] = moe_to_raw(w->gx, c->in[0].dtype, c->in[0].device);
+  return c->gin[0] ? MOE_OK : moe_error_code();
+}
 SLOPE(sign) { UNUSED_P; return MOE_CALL(fill, T(k), F(0)); }
 #define slope_floor slope_sign
 #define slope_ceil slope_sign
@@ -154,16 +177,10 @@ moe_status moe_bwd_unary(moe_ctx *c) {
     c->gin[0] = s ? MOE_CALL(mul, T(g), T(s)) : NULL;
     return c->gin[0] ? MOE_OK : moe_error_code();
   }
-  moe_dtype work = moe_dtype_compute(x->dtype);
-  g = moe_to_raw(g, work, x->device);
-  k = moe_to_raw(k, work, x->device);
-  moe_tensor *gx = moe_empty(x->ndim, x->shape, work, x->device);
-  if (g == NULL || k == NULL || gx == NULL) return moe_error_code();
-  moe_iter it;
-  moe_iter_make(&it, gx->ndim, gx->shape, 3, (moe_tensor *const[]){gx, g, k});
-  if (it.numel > 0) MOE_TRY(MOE_RUN(x->device, c->op->name, unary_bwd, &it, work, fn, p));
-  c->gin[0] = moe_to_raw(gx, x->dtype, x->device);
-  return c->gin[0] ? MOE_OK : moe_error_code();
+  slope_walk w;
+  MOE_TRY(slope_begin(c, g, k, &w));
+  if (w.it.numel > 0) MOE_TRY(MOE_RUN(x->device, c->op->name, unary_bwd, &w.it, w.work, fn, p));
+  return slope_end(c, &w);
 }
 
 /* Piecewise constant functions. */
@@ -485,16 +502,10 @@ moe_status moe_bwd_clamp(moe_ctx *c) {
     c->gin[0] = MOE_CALL(where, T(inside), T(g), F(0));
     return c->gin[0] ? MOE_OK : moe_error_code();
   }
-  moe_dtype work = moe_dtype_compute(x->dtype);
-  g = moe_to_raw(g, work, x->device);
-  k = moe_to_raw(k, work, x->device);
-  moe_tensor *gx = moe_empty(x->ndim, x->shape, work, x->device);
-  if (g == NULL || k == NULL || gx == NULL) return moe_error_code();
-  moe_iter it;
-  moe_iter_make(&it, gx->ndim, gx->shape, 3, (moe_tensor *const[]){gx, g, k});
-  if (it.numel > 0) MOE_TRY(MOE_RUN(x->device, c->op->name, clamp_bwd, &it, work, lo, hi));
-  c->gin[0] = moe_to_raw(gx, x->dtype, x->device);
-  return c->gin[0] ? MOE_OK : moe_error_code();
+  slope_walk w;
+  MOE_TRY(slope_begin(c, g, k, &w));
+  if (w.it.numel > 0) MOE_TRY(MOE_RUN(x->device, c->op->name, clamp_bwd, &w.it, w.work, lo, hi));
+  return slope_end(c, &w);
 }
 
 /* fill, and zero, which has no second argument */

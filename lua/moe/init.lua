@@ -54,16 +54,16 @@ function M.fn(def)
   return function(...)
     local ctx = {}
     local outs = table.pack(core.no_grad(forward, ctx, ...))
-    local inputs = {}
+    local inputs, given = {}, {}
     for i = 1, select("#", ...) do
       local x = select(i, ...)
-      if core.is_tensor(x) then inputs[#inputs + 1] = x end
+      if core.is_tensor(x) then inputs[#inputs + 1], given[x] = x, true end
     end
     local results = {}
     for i = 1, outs.n do
       if core.is_tensor(outs[i]) then
         -- a tensor of its own, also where the forward hands out one of its arguments
-        if outs[i].requires_grad or rawequal(outs[i], inputs[1]) then outs[i] = outs[i]:detach() end
+        if outs[i].requires_grad or given[outs[i]] then outs[i] = outs[i]:detach() end
         results[#results + 1] = outs[i]
       end
     end
@@ -80,7 +80,12 @@ local running_again = 0 -- checkpoints whose backward runs their function again
 --- Whether a checkpoint runs its function a second time: counters and statistics should not move then.
 function M.recomputing() return running_again > 0 end
 
-local again_mt = { __close = function() running_again = running_again - 1 end }
+local again_mt = {
+  __close = function(was) -- also after an error
+    running_again = running_again - 1
+    core.set_rng_state(was.seed, was.offset)
+  end,
+}
 
 --- Runs `f(...)` keeping nothing for its gradient but the arguments; the backward runs it again.
 -- Random numbers are replayed, so that masks agree.
@@ -114,10 +119,9 @@ function M.checkpoint(f, ...)
       local outs
       do
         running_again = running_again + 1
-        local _ <close> = setmetatable({}, again_mt)
+        local _ <close> = setmetatable({ seed = seed, offset = offset }, again_mt)
         outs = table.pack(core.enable_grad(f, table.unpack(again, 1, args.n)))
       end
-      core.set_rng_state(seed, offset)
       local roots, grads = {}, {}
       local given = table.pack(...)
       local k = 0

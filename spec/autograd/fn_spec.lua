@@ -41,6 +41,17 @@ describe("moe.fn", function()
     assert.is_nil(b.grad)
   end)
 
+  it("that hands out its arguments leaves them as they are", function()
+    local pass = moe.fn { forward = function(_, a, b) return a, b end, backward = function(_, ga, gb) return ga, gb end }
+    local a, b = moe.ones(2, { requires_grad = true }), moe.ones(2)
+    local x, y = pass(a, b)
+    assert.falsy(b.requires_grad)
+    assert.truthy(a.is_leaf and b.is_leaf)
+    local loss = (x * y * 3):sum()
+    loss:backward()
+    assert.close({ 3, 3 }, a.grad)
+  end)
+
   it("passes errors of its closures on unchanged", function()
     local f = moe.fn { forward = function(_, x) return x * 1 end, backward = function() error({ code = 7 }) end }
     local x = moe.ones(1, { requires_grad = true })
@@ -87,6 +98,21 @@ describe("moe.checkpoint", function()
     again:sum():backward()
     assert.close(gx, x.grad)
     assert.close(gw, w.grad)
+  end)
+
+  it("puts the random state back when its second run fails", function()
+    local runs = 0
+    local x = moe.ones(2, { requires_grad = true })
+    local y = moe.checkpoint(function(a)
+      runs = runs + 1
+      if runs == 2 then error "no" end
+      return a:dropout(0.5)
+    end, x)
+    moe.manual_seed(9)
+    local seed = moe.rng_state()
+    assert.falsy(pcall(function() y:sum():backward() end))
+    assert.equal(seed, (moe.rng_state()))
+    assert.falsy(moe.recomputing())
   end)
 
   it("works when only captured parameters want a gradient", function()
