@@ -379,6 +379,7 @@ function M.entries()
   for _, group in ipairs(M.GROUPS) do
     local ok, value = pcall(function() return moe[group] end)
     if ok and type(value) == "table" then
+      for _ in pairs(value) do end -- loads what is loaded when it is named
       local kinds = {}
       for _, row in ipairs(type(value.kinds) == "table" and value.kinds or {}) do kinds[row.name] = row end
       for _, pair in ipairs(functions_of(value)) do

@@ -141,19 +141,4 @@ function M.checkpoint(f, ...)
   }(...)
 end
 
-setmetatable(M, {
-  __index = function(t, name)
-    local path = submodules[name]
-    if not path then return nil end
-    local value = require(path)
-    rawset(t, name, value)
-    return value
-  end,
-  -- completers and pairs() see the submodules before they are loaded
-  __pairs = function(t)
-    for name in pairs(submodules) do local _ = t[name] end
-    return next, t, nil
-  end,
-})
-
-return M
+return require "moe.lazy"(M, submodules)

@@ -2900,8 +2900,11 @@ function nn.tanh(options) end
 ---The choice "token t takes experts t k + 1, t k + 2, ..." modulo num_experts, as [T, k]: an even load, for experiments.
 function router.uniform_choice(tokens, top_k, num_experts) end
 
----The k best experts of each token. Steps, each an option: `score` of the logits (softmax, sigmoid, sqrtsoftplus, relu; `score_after`: of the chosen alone) -> + `selection_bias` -> `n_group` groups, of which `topk_group` stay, judged by the sum of their `group_top` best -> choose `top_k` -> their unbiased scores -> `norm_topk_prob` (default: for k > 1) -> `routed_scaling_factor`. Also: `bias` of the projection, `noise` ("learned" or a number) added to the logits in training (`noise_in_eval`: always), `jitter` (x times 1 +- jitter in training), `init`.
+---The k best experts of each token. Steps, each an option: `score` of the logits (softmax, sigmoid, sqrtsoftplus, relu; `score_after`: of the chosen alone) -> + `selection_bias` -> `n_group` groups, of which `topk_group` stay, judged by the sum of their `group_top` best -> choose `top_k` -> their unbiased scores -> `norm_topk_prob` (default: for k > 1) -> `routed_scaling_factor`. Also: `bias` of the projection, `noise` ("learned" or a number) added to the logits in training (`noise_in_eval`: always), `jitter` (x times 1 +- jitter in training), `init`. Shazeer et al. 2017 (arXiv 1701.06538); the order of steps is that of DeepSeek-V3 (arXiv 2412.19437).
 function router.topk(...) end
+
+---GEGLU networks: down(gelu(gate x) * up x). Parameters and options as in swiglu.
+function experts.geglu(...) end
 
 ---The same with another activation `act` of the gate: "gelu" is GEGLU, "relu" ReGLU, "sigmoid" GLU.
 function experts.glu(...) end

@@ -1,0 +1,12 @@
+--- moe.experts: what works on routed tokens. A bank of networks keeps its weights in single tensors [num_experts, ...],
+-- so that one grouped product serves them all.
+--
+-- A bank answers bank(x, routing [, ctx]) for x [T, d_model]; without a routing, a bank of one expert is a dense network
+-- on x [.., d_model]. One made without d_model is a description: bind{ d_model =, num_experts = } makes the bank,
+-- as moe.layer does.
+
+-- One file a kind of bank; "file:field" where a file has several.
+return require "moe.lazy"({}, {
+  swiglu = "moe.experts.gated:swiglu", glu = "moe.experts.gated:glu", geglu = "moe.experts.gated:geglu",
+  mlp = "moe.experts.mlp", map = "moe.experts.map",
+})

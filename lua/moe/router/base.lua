@@ -1,0 +1,132 @@
+-- What routers share: options kept for bind, the projection to logits, noise and jitter.
+--
+-- A router is a class of this base: init(given) calls self:setup, which gives the options when the sizes are known, and
+-- makes its weights; route(x, ctx) answers x [T, d_model] with a routing.
+
+local core = require "moe.core"
+local nn = require "moe.nn"
+local options = require "moe.nn.options"
+
+local M = {}
+
+local COMMON <const> = {
+  d_model = { "integer" }, num_experts = { "integer" }, dtype = { "string" }, device = { "string" },
+}
+
+-- The options of a projection, for routers that have logits.
+local LINEAR <const> = {
+  bias = { "boolean", false }, init = { "string|number|function" },
+  noise = { "string|number" }, noise_in_eval = { "boolean", false }, jitter = { "number", 0 },
+}
+
+--- Option rows: those of every router, of a projection where `linear` is set, and one's own.
+function M.rows(own, linear)
+  local rows = {}
+  for k, v in pairs(COMMON) do rows[k] = v end
+  for k, v in pairs(linear and LINEAR or {}) do rows[k] = v end
+  for k, v in pairs(own) do rows[k] = v end
+  return rows
+end
+
+local Router = nn.module "router"
+
+local function name_of(self) return "router." .. getmetatable(self).__name end
+
+--- Raises "router.<name>: text".
+function Router:fail(text, ...) error(name_of(self) .. ": " .. text:format(...), 0) end
+
+--- Reads the options; nil when this is a description, without the sizes that weights need.
+function Router:setup(given, rows)
+  local o = options.read(name_of(self), given, rows, 3)
+  self._options = o
+  if o.noise and o.noise ~= "learned" and type(o.noise) ~= "number" then
+    self:fail("option 'noise' must be \"learned\" or a standard deviation, got %q", o.noise)
+  end
+  if o.jitter and not (o.jitter >= 0 and o.jitter < 1) then self:fail("option 'jitter' must be in [0, 1), got %g", o.jitter) end
+  for _, key in ipairs { "d_model", "num_experts" } do
+    if o[key] and o[key] < 1 then self:fail("option '%s' must be at least 1, got %d", key, o[key]) end
+  end
+  if not o.d_model then return end
+  if not o.num_experts then self:fail "option 'num_experts' is missing" end
+  self.d_model, self.num_experts = o.d_model, o.num_experts
+  return o
+end
+
+--- The same router for these sizes: itself when it has weights already, else a new one.
+function Router:bind(sizes)
+  if self.d_model then
+    for _, key in ipairs { "d_model", "num_experts" } do
+      if sizes[key] and sizes[key] ~= self[key] then
+        error(("%s: the router has %s = %d, the layer wants %d"):format(name_of(self), key, self[key], sizes[key]), 2)
+      end
+    end
+    return self
+  end
+  local given = {}
+  for k, v in pairs(self._options) do given[k] = v end
+  for _, key in ipairs { "d_model", "num_experts", "dtype", "device" } do given[key] = given[key] or sizes[key] end
+  if self.takes_selection_bias then given.selection_bias = given.selection_bias or sizes.selection_bias end
+  return getmetatable(self)(given)
+end
+
+--- Makes the parameter prefix .. "weight" [rows, d_model] and, with `bias`, prefix .. "bias" [rows].
+function Router:projection(prefix, rows, columns)
+  local o = self._options
+  local d = columns or self.d_model
+  local settings = { dtype = o.dtype or "f32", device = o.device }
+  local r = 1 / math.sqrt(d)
+  local w = core.zeros({ rows or self.num_experts, d }, settings)
+  if o.init ~= nil then nn.init.apply(w, o.init) else nn.init.uniform_(w, -r, r) end
+  self[prefix .. "weight"] = nn.parameter(w)
+  if o.bias then
+    local b = core.zeros({ rows or self.num_experts }, settings)
+    if o.init == nil then nn.init.uniform_(b, -r, r) end
+    self[prefix .. "bias"] = nn.parameter(b, { decay = false })
+  end
+  if o.noise == "learned" and prefix == "" then self:projection("noise_", rows, columns) end
+end
+
+--- x as a router takes it: in f32 at least, with the jitter of training.
+function Router:input(x)
+  local jitter = self._options.jitter
+  if x.dtype ~= "f64" and x.dtype ~= "f32" then x = x:to "f32" end
+  if jitter and jitter > 0 and self.training then x = x * (core.rand_like(x:detach()) * (2 * jitter) + (1 - jitter)) end
+  return x
+end
+
+--- The logits [T, rows] of x [T, d_model], noise included.
+function Router:logits(x)
+  self:ready()
+  local o = self._options
+  x = self:input(x)
+  local logits = x:linear(self.weight, self.bias)
+  if o.noise and (self.training or o.noise_in_eval) then
+    local noise = core.randn_like(logits:detach())
+    if o.noise == "learned" then
+      noise = noise * x:linear(self.noise_weight, self.noise_bias):softplus()
+    else
+      noise = noise * o.noise
+    end
+    logits = logits + noise
+  end
+  return logits
+end
+
+--- Raises for a description without weights.
+function Router:ready()
+  if not self.d_model then self:fail "this is a description without weights: give d_model and num_experts" end
+end
+
+function Router:forward(x, ctx) return self:route(x, ctx or {}) end
+
+--- What tostring shows between the brackets: the sizes, then what `self:traits(o)` lists.
+function Router:extra()
+  local parts = self.traits and self:traits(self._options) or {}
+  if self.d_model then table.insert(parts, 1, ("%d -> %d"):format(self.d_model, self.num_experts)) end
+  if self._options.noise then parts[#parts + 1] = "noise=" .. tostring(self._options.noise) end
+  return table.concat(parts, ", ")
+end
+
+M.Router = Router
+
+return M
