@@ -9,7 +9,7 @@
 #include "cpu/vmath.h"
 
 enum { SCRATCH = 6 }; /* the scratch slot of these kernels */
-enum { FAILED_MEMORY = 1, FAILED_RANGE };
+enum { FAILED_MEMORY = 1, FAILED_RANGE, FAILED_WILD, FAILED_MASKED };
 
 typedef struct router_job {
   const moe_topk_options *o;
@@ -40,11 +40,13 @@ typedef struct router_job {
 #undef R
 #undef VM1
 
-static moe_status router_run(router_job *j, moe_range_fn *fn) {
+static moe_status router_run(router_job *j, moe_range_fn *fn, moe_dtype dt) {
   moe_parallel_range(j->o->tokens, MOE_MAX(1, MOE_GRAIN / MOE_MAX(1, j->o->experts)), fn, j);
   if (j->failed == FAILED_RANGE)
     return moe_fail(MOE_EINVAL, "router_topk: choice has a value outside of %lld to %lld", (long long)j->base,
                     (long long)(j->base + j->o->experts - 1));
+  if (j->failed == FAILED_WILD || j->failed == FAILED_MASKED)
+    return dt == MOE_f64 ? explain_f64(j) : explain_f32(j);
   return j->failed ? moe_fail(MOE_ENOMEM, "out of memory for the router's scratch space") : MOE_OK;
 }
 
@@ -58,7 +60,7 @@ moe_status MOE_CPU(router_topk)(void *weight, int64_t *index, void *score, const
                   .bias = bias,
                   .mask = mask,
                   .base = base};
-  return router_run(&j, dt == MOE_f64 ? topk_rows_f64 : topk_rows_f32);
+  return router_run(&j, dt == MOE_f64 ? topk_rows_f64 : topk_rows_f32, dt);
 }
 
 moe_status MOE_CPU(router_topk_bwd)(void *glogits, const void *gweight, const void *gscore, const void *score,
@@ -73,7 +75,7 @@ moe_status MOE_CPU(router_topk_bwd)(void *glogits, const void *gweight, const vo
                   .saved_index = index,
                   .mask = mask,
                   .base = base};
-  return router_run(&j, dt == MOE_f64 ? topk_rows_bwd_f64 : topk_rows_bwd_f32);
+  return router_run(&j, dt == MOE_f64 ? topk_rows_bwd_f64 : topk_rows_bwd_f32, dt);
 }
 
 /* --- lists --- */

@@ -8,8 +8,7 @@ static void R(score_row)(REAL *restrict s, const REAL *restrict x, int64_t n, in
   if (score == MOE_SCORE_SOFTMAX) {
     REAL top = x[0], sum = 0;
     for (int64_t e = 1; e < n; e++) top = x[e] > top ? x[e] : top;
-    top = top > -(REAL)INFINITY ? top : 0; /* a row of -inf has no largest: it scores evenly */
-#pragma omp simd reduction(+ : sum)
+  #pragma omp simd reduction(+ : sum)
     for (int64_t e = 0; e < n; e++) {
       s[e] = VM1(exp)(x[e] - top);
       sum += s[e];
@@ -61,6 +60,39 @@ static void R(mask_groups)(REAL *key, const moe_topk_options *o, int64_t *order,
   }
 }
 
+/* What is wrong with a row of logits for a router that chooses k: NaN or +inf, or fewer than k above -inf. */
+static int R(row_fault)(const REAL *x, int64_t n, int64_t k) {
+  int64_t wild = 0, open = 0;
+#pragma omp simd reduction(+ : wild, open)
+  for (int64_t e = 0; e < n; e++) {
+    wild += !(x[e] < (REAL)INFINITY);
+    open += x[e] > -(REAL)INFINITY;
+  }
+  return wild ? FAILED_WILD : open < k ? FAILED_MASKED : 0;
+}
+
+/* The first token at fault, for the message: the rows ran in any order. */
+static moe_status R(explain)(const router_job *j) {
+  const moe_topk_options *o = j->o;
+  for (int64_t t = 0; t < o->tokens; t++) {
+    const REAL *x = (const REAL *)j->logits + t * o->experts;
+    if (j->mask && !j->mask[t]) continue;
+    int fault = R(row_fault)(x, o->experts, o->forced ? 1 : o->top_k);
+    int64_t e = 0, open = 0;
+    while (fault == FAILED_WILD && x[e] < (REAL)INFINITY) e++;
+    if (fault == FAILED_WILD)
+      return moe_fail(MOE_EINVAL, "router_topk: the logit of token %lld for expert %lld is %s", (long long)t + 1,
+                      (long long)e + 1, x[e] == x[e] ? "infinite" : "NaN");
+    for (; e < o->experts; e++) open += x[e] > -(REAL)INFINITY;
+    if (fault == FAILED_MASKED)
+      return moe_fail(MOE_EINVAL,
+                      "router_topk: token %lld may choose among %lld of %lld experts (the others are masked), wanted %lld",
+                      (long long)t + 1, (long long)open, (long long)o->experts, (long long)o->top_k);
+  }
+  return moe_fail(MOE_EINVAL, "router_topk: the groups chosen for a token leave fewer than top_k = %lld experts",
+                  (long long)o->top_k);
+}
+
 static void R(topk_rows)(void *arg, int64_t begin, int64_t end, int worker) {
   (void)worker;
   router_job *j = arg;
@@ -86,6 +118,11 @@ static void R(topk_rows)(void *arg, int64_t begin, int64_t end, int worker) {
       }
       continue;
     }
+    int fault = R(row_fault)(x, E, o->forced ? 1 : k);
+    if (fault) {
+      atomic_store(&j->failed, fault);
+      return;
+    }
     R(score_row)(score, x, E, o->score);
     const REAL *from = o->score_after ? x : score;
     if (o->forced == NULL) {
@@ -100,6 +137,10 @@ static void R(topk_rows)(void *arg, int64_t begin, int64_t end, int worker) {
       if (o->forced) order[i] = o->forced[t * k + i] - j->base;
       if (order[i] < 0 || order[i] >= E) {
         atomic_store(&j->failed, FAILED_RANGE);
+        return;
+      }
+      if (!o->forced && !(x[order[i]] > -(REAL)INFINITY)) {
+        atomic_store(&j->failed, FAILED_MASKED);
         return;
       }
       index[i] = order[i] + j->base;

@@ -115,18 +115,32 @@ local function forced_choice(self, x, ctx)
   return force(x, ctx)
 end
 
--- x [T, d] -> routing, checked, with the capacity applied.
-function Layer:decide(x, ctx)
+-- "layer 3: the router (topk)", as far as they are known.
+local function names_of(self, ctx)
   local router = self.router
+  local mt = getmetatable(router)
+  local kind = type(router) == "function" and "a function" or type(mt) == "table" and rawget(mt, "__name") or "of one's own"
+  return ("%s: the router (%s)"):format(ctx.layer_number and "layer " .. ctx.layer_number or "layer", kind)
+end
+
+local function route(self, x, ctx)
+  local router = self.router
+  if type(router) == "function" then return router(x, ctx) end
+  return router:route(x, ctx)
+end
+
+-- x [T, d] -> routing, checked, with the capacity applied. What a router raises is passed on under both names.
+function Layer:decide(x, ctx)
   ctx.choice = forced_choice(self, x, ctx)
-  local routing
-  if type(router) == "function" then routing = router(x, ctx) else routing = router:route(x, ctx) end
-  if not sparse.is_routing(routing) then
-    error(("layer: the router must return a routing (moe.routing.topk, dense, experts or soft), got a %s"):format(type(routing)), 0)
-  end
-  if routing.num_tokens ~= x:size(1) or routing.num_experts ~= self.num_experts then
-    error(("layer: the router returned %d tokens and %d experts, wanted %d and %d"):format(routing.num_tokens, routing.num_experts,
-      x:size(1), self.num_experts), 0)
+  local ok, routing = pcall(route, self, x, ctx)
+  if not ok then
+    if type(routing) ~= "string" then error(routing, 0) end
+    error(("%s: %s"):format(names_of(self, ctx), routing), 0)
+  elseif not sparse.is_routing(routing) then
+    error(("%s must return a routing (moe.routing.topk, dense, experts or soft), got a %s"):format(names_of(self, ctx), type(routing)), 0)
+  elseif routing.num_tokens ~= x:size(1) or routing.num_experts ~= self.num_experts then
+    error(("%s returned %d tokens and %d experts, wanted %d and %d"):format(names_of(self, ctx), routing.num_tokens,
+      routing.num_experts, x:size(1), self.num_experts), 0)
   end
   local o = self._options
   local factor = o.capacity_factor
@@ -214,9 +228,9 @@ function Layer:forward(x, ctx)
 end
 
 --- Called once an optimizer step (the trainer does): controllers move what they control.
-function Layer:after_step()
+function Layer:after_step(ctx)
   for i, loss in ipairs(self._losses) do
-    if type(loss) == "table" and loss.after_step then loss:after_step(self, self._state[i]) end
+    if type(loss) == "table" and loss.after_step then loss:after_step(self, self._state[i], ctx or {}) end
   end
 end
 

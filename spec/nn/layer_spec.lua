@@ -384,7 +384,8 @@ describe("moe.layer", function()
       { "x is %[2, 5%], wanted %[%.%., 6%]", function() return layer_of {}(moe.ones(2, 5)) end },
       { "argument 1 %(x%) must be a tensor", function() return layer_of {}(3) end },
       { "argument 2 %(ctx%) must be a table", function() return layer_of {}(moe.ones(2, 6), 3) end },
-      { "router must return a routing", function() return layer_of { router = function() return 3 end }(moe.ones(2, 6)) end },
+      { "the router %(a function%) must return a routing",
+        function() return layer_of { router = function() return 3 end }(moe.ones(2, 6)) end },
       { "returned 1 tokens and 4 experts, wanted 2 and 4", function() return layer_of { router = fixed({ { 1 } }) }(moe.ones(2, 6)) end },
       { "needs a router with selection_bias", function() return layer_of { router = fixed({ { 1 } }), bias_update_rate = 1 } end },
     }

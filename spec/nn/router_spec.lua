@@ -82,13 +82,21 @@ describe("moe.router_topk", function()
     end))
   end)
 
-  it("survives what is not finite, and still names experts", function()
+  it("refuses logits that are not finite, and tokens with too few experts to choose from", function()
     local nan, inf = 0 / 0, math.huge
-    local x = moe.tensor { { nan, nan, nan }, { nan, 1, nan }, { -inf, -inf, -inf }, { inf, 1, inf } }
-    local _, index = moe.router_topk(x, { top_k = 2 })
-    for _, row in ipairs(index:totable()) do
-      assert.is_true(row[1] >= 1 and row[1] <= 3 and row[2] >= 1 and row[2] <= 3 and row[1] ~= row[2])
+    local function says(message, rows, options)
+      assert.matches(message, helper.error_of(function() return moe.router_topk(moe.tensor(rows), options or { top_k = 2 }) end))
     end
+    says("router_topk: the logit of token 2 for expert 3 is NaN", { { 1, 2, 3 }, { 1, 2, nan } })
+    says("the logit of token 1 for expert 1 is infinite", { { inf, 2, 3 } })
+    says("token 2 may choose among 1 of 3 experts %(the others are masked%), wanted 2", { { 1, 2, 3 }, { -inf, 0, -inf } })
+    says("token 1 may choose among 0 of 3 experts", { { -inf, -inf, -inf } }, { top_k = 1 })
+    says("the groups chosen for a token leave fewer than top_k = 2", { { 5, -inf, 0, 0 } }, { top_k = 2, n_group = 2, group_top = 1 })
+    -- a masked token may hold anything, and -inf is a way to leave experts out
+    local mask = moe.tensor({ 1, 0 }):gt(0)
+    local weight, index = moe.router_topk(moe.tensor { { -inf, 0, 0 }, { nan, nan, nan } }, { mask = mask, top_k = 2 })
+    assert.same({ { 2, 3 }, { 0, 0 } }, index:totable())
+    assert.close({ { 0.5, 0.5 }, { 0, 0 } }, weight)
   end)
 
   it("chooses among many experts", function()

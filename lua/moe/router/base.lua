@@ -94,8 +94,9 @@ function Router:input(x)
   return x
 end
 
---- The logits [T, rows] of x [T, d_model], noise included.
-function Router:logits(x)
+--- The logits [T, rows] of x [T, d_model], noise included; -inf for experts that ctx.expert_mask (bool [rows] or
+-- [T, rows], true: may be chosen) leaves out.
+function Router:logits(x, ctx)
   self:ready()
   local o = self._options
   x = self:input(x)
@@ -109,7 +110,20 @@ function Router:logits(x)
     end
     logits = logits + noise
   end
-  return logits
+  return self:masked(logits, ctx)
+end
+
+--- Logits with -inf where ctx.expert_mask is false.
+function Router:masked(logits, ctx)
+  local mask = ctx and ctx.expert_mask
+  if mask == nil then return logits end
+  local shape, want = core.is_tensor(mask) and mask.shape, logits.shape
+  local n = shape and #shape
+  if not shape or mask.dtype ~= "bool" or shape[n] ~= want[2] or n > 2 or n == 2 and shape[1] ~= want[1] then
+    self:fail("ctx.expert_mask must be a bool tensor [%d] or [%d, %d], got %s", want[2], want[1], want[2],
+      shape and ("%s [%s]"):format(mask.dtype, table.concat(shape, ", ")) or "a " .. type(mask))
+  end
+  return logits:masked_fill(mask:logical_not(), -math.huge)
 end
 
 --- Raises for a description without weights.

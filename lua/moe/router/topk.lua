@@ -55,7 +55,7 @@ end
 function TopK:route(x, ctx)
   self:ready()
   ctx = ctx or {}
-  local logits, call = self:logits(x), self._call
+  local logits, call = self:logits(x, ctx), self._call
   call.bias, call.mask, call.choice = self.expert_bias, ctx.mask, ctx.choice
   local weight, index, score = core.router_topk(logits, call)
   call.bias, call.mask, call.choice = nil, nil, nil
