@@ -9,4 +9,5 @@
 return require "moe.lazy"({}, {
   swiglu = "moe.experts.gated:swiglu", glu = "moe.experts.gated:glu", geglu = "moe.experts.gated:geglu",
   mlp = "moe.experts.mlp", map = "moe.experts.map",
+  lora = "moe.experts.lora", lora_linear = "moe.experts.lora_linear", adapter = "moe.experts.adapter",
 })
