@@ -14,7 +14,7 @@
 -- recorded routing.index, or a function (x, ctx) -> index. `layer.force` can be set later.
 --
 -- layer(x, ctx): what the caller puts into ctx (step, token ids, mask, ...) reaches routers, losses and experts. The layer adds
--- shape (x's leading sizes) and layer (itself), and leaves in the caller's table `routing`, its own, and
+-- shape (x's leading sizes), x (as [T, d_model]) and layer (itself), and leaves in the caller's table `routing`, its own, and
 -- `routings`, those of all layers so far: moe.loss.aux(ctx) adds up their losses. A fresh ctx for each forward.
 
 local moe = require "moe"
@@ -204,7 +204,7 @@ function Layer:forward(x, ctx)
   end
   local rows = #shape == 2 and x or x:reshape { tokens, self.d_model }
   local mask = ctx and ctx.mask
-  local own = setmetatable({ layer = self, shape = leading, mask = mask and mask:reshape { -1 } or nil }, { __index = ctx })
+  local own = setmetatable({ layer = self, x = rows, shape = leading, mask = mask and mask:reshape { -1 } or nil }, { __index = ctx })
   local routing = self:decide(rows, own)
   local bank, y = self.experts
   if type(bank) == "function" then y = bank(rows, routing, own) else y = bank:forward(rows, routing, own) end
