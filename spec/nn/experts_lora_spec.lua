@@ -128,6 +128,19 @@ for name, make in pairs(BANKS) do
       assert.is_true((ffn(x)[1][2] - y[1][2]):abs():max():item() > 1e-3)
     end)
 
+    it("keeps its values and those of its base in a language model", function()
+      moe.manual_seed(7)
+      local ffn = moe.nn.ffn(8, 8)
+      local before = bits(ffn.up_proj.weight)
+      local model = moe.model.lm {
+        vocab_size = 5, d_model = 8, num_layers = 1, num_heads = 1, positional = "none", ffn = "moe",
+        moe = { num_experts = 3, experts = make { base = ffn } },
+      }
+      local bank = model.layers[1].ffn.experts
+      assert.equal(before, bits(bank.base.up_proj.weight))
+      assert.equal(0, (bank.lora_B or bank.up_proj):abs():sum():item())
+    end)
+
     it("names what is wrong", function()
       local cases = {
         { "option 'base' must be a module or a weight %[d_out, d_model%], got a tensor %[3%]", { d_model = 3, base = moe.ones(3) } },

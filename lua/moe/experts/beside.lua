@@ -11,6 +11,7 @@ local sparse = core._sparse
 local M = {}
 
 local Beside = nn.module("beside", base.Bank)
+Beside.own_values = true -- a model leaves them as they are: what starts at zero, and the base
 
 --- Option rows: those of every bank that have a meaning here, `base`, `scale`, and one's own.
 function M.rows(own)

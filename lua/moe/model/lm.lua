@@ -117,11 +117,11 @@ local function fill(t, how)
   end
 end
 
--- kept: a pattern of names that keep the values they have.
+-- kept(name): whether a part keeps the values it has.
 local function init_part(part, o, kept)
   for name, p in part:named_parameters() do
     local dims = #p.shape
-    if kept and name:find(kept) then
+    if kept and kept(name) then
       goto continue
     elseif name:find "bias$" then
       if o.bias_init ~= "default" then nn.init.apply(p:detach(), o.bias_init) end
@@ -136,8 +136,12 @@ local function init_part(part, o, kept)
   end
 end
 
--- A router that came with the options was initialised as they say.
-local function own_router(o) return not (type(o.moe) == "table" and o.moe.router == nil) and "^router%." or nil end
+-- A router that came with the options was initialised as they say; a bank beside a frozen base starts as that base.
+local function own_values(o, layer)
+  local router = not (type(o.moe) == "table" and o.moe.router == nil)
+  local bank = type(layer.experts) == "table" and layer.experts.own_values
+  return function(name) return router and name:find "^router%." or bank and name:find "^experts%." end
+end
 
 -- Mixers other than attention keep their own values: decays and time steps are no projections.
 local function init_weights(self, o)
@@ -149,7 +153,7 @@ local function init_weights(self, o)
     local custom_mixer, custom_ffn = of_layer(o.mixer, i), of_layer(o.ffn, i)
     if custom_mixer == "attention" then init_part(block.mixer, o) end
     if custom_ffn == "dense" then init_part(block.ffn, o) end
-    if custom_ffn == "moe" then init_part(block.ffn, o, own_router(o)) end
+    if custom_ffn == "moe" then init_part(block.ffn, o, own_values(o, block.ffn)) end
   end
   if self.head then
     if o.init ~= "default" then fill(self.head.weight, o.init) end
