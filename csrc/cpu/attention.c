@@ -20,6 +20,7 @@ enum { QUERIES = 64, KEYS = 256 };
     type scale;                                                                                    \
     const type *q, *k, *v, *g;                                                                     \
     const void *mask;                                                                              \
+    const int64_t *limit; /* [b, h, t]: how many keys a query sees, or NULL */                      \
     type *y, *lse, *dq, *dk, *dvalue, *dmask;                                                      \
     const int64_t *sq, *sk, *sv, *sm, *sy, *sg, *sdq, *sdk, *sdv;                                  \
     atomic_bool short_of_memory;                                                                   \
@@ -49,12 +50,12 @@ JOB(job_f64, double)
 /* What both directions set. */
 #define COMMON(type)                                                                                                    \
   .b = size[0], .h = size[1], .t = size[3], .s = size[4], .d = size[5], .dv = size[6], .group = size[1] / size[2],      \
-  .causal = causal, .mask_kind = mask_kind, .scale = (type)scale, .q = q, .k = k, .v = v, .mask = mask, .sq = sq,       \
+  .causal = causal, .mask_kind = mask_kind, .scale = (type)scale, .q = q, .k = k, .v = v, .mask = mask, .limit = seen, .sq = sq, \
   .sk = sk, .sv = sv, .sm = sm, .y = y, .sy = sy, .lse = lse
 
 moe_status MOE_CPU(attention)(moe_dtype dt, void *y, void *lse, const void *q, const void *k, const void *v, const void *mask,
                               const int64_t *size, const int64_t *sy, const int64_t *sq, const int64_t *sk, const int64_t *sv,
-                              const int64_t *sm, int mask_kind, bool causal, double scale) {
+                              const int64_t *sm, int mask_kind, bool causal, const int64_t *seen, double scale) {
   int64_t tasks = size[0] * size[1] * ((size[3] + QUERIES - 1) / QUERIES);
   int64_t work = MOE_MIN(size[3], QUERIES) * size[4] * (size[5] + size[6]), grain = MOE_MAX(1, MOE_GRAIN * 8 / MOE_MAX(work, 1));
   bool short_of_memory;
@@ -74,7 +75,7 @@ moe_status MOE_CPU(attention_backward)(moe_dtype dt, void *dq, void *dk, void *d
                                        const void *q, const void *k, const void *v, const void *mask, const int64_t *size,
                                        const int64_t *sdq, const int64_t *sdk, const int64_t *sdv, const int64_t *sg,
                                        const int64_t *sy, const int64_t *sq, const int64_t *sk, const int64_t *sv,
-                                       const int64_t *sm, int mask_kind, bool causal, double scale) {
+                                       const int64_t *sm, int mask_kind, bool causal, const int64_t *seen, double scale) {
   int64_t tasks = size[0] * size[2];
   int64_t work = size[1] / size[2] * size[3] * size[4] * (size[5] + size[6]);
   int64_t grain = MOE_MAX(1, MOE_GRAIN * 4 / MOE_MAX(work, 1));

@@ -4,11 +4,22 @@ static inline void STATIC(clear)(REAL *p, int64_t n) { /* memset may not see the
   for (int64_t c = 0; c < n; c++) p[c] = 0;
 }
 
-/* Keys that query i of all sees, of s. */
-static inline int64_t STATIC(seen)(const STATIC(job) *j, int64_t i) {
-  if (!j->causal) return j->s;
-  int64_t n = j->s - j->t + i + 1;
+/* Keys that query i of a head sees, of s; the most that any of `rows` queries from q0 sees. `limit` [t] is the head's. */
+static inline int64_t STATIC(seen)(const STATIC(job) *j, const int64_t *limit, int64_t i) {
+  int64_t n = j->causal ? j->s - j->t + i + 1 : j->s;
+  if (limit != NULL && limit[i] < n) n = limit[i];
   return n < 0 ? 0 : n > j->s ? j->s : n;
+}
+
+static inline int64_t STATIC(most)(const STATIC(job) *j, const int64_t *limit, int64_t q0, int64_t rows) {
+  if (limit == NULL) return STATIC(seen)(j, NULL, q0 + rows - 1);
+  int64_t n = 0;
+  for (int64_t i = 0; i < rows; i++) n = MOE_MAX(n, STATIC(seen)(j, limit, q0 + i));
+  return n;
+}
+
+static inline const int64_t *STATIC(limits)(const STATIC(job) *j, int64_t b, int64_t h) {
+  return j->limit ? j->limit + (b * j->h + h) * j->t : NULL;
 }
 
 static inline const REAL *STATIC(head)(const REAL *p, const int64_t *stride, int64_t b, int64_t h) {
@@ -17,6 +28,7 @@ static inline const REAL *STATIC(head)(const REAL *p, const int64_t *stride, int
 
 /* Scores [rows, n] (row stride KEYS) of queries q0.. and keys k0..; what may not be attended is -infinity. */
 static void STATIC(scores)(const STATIC(job) *j, REAL *p, int64_t b, int64_t h, int64_t q0, int64_t rows, int64_t k0, int64_t n) {
+  const int64_t *limit = STATIC(limits)(j, b, h);
   const REAL *q = STATIC(head)(j->q, j->sq, b, h) + q0 * j->sq[2];
   const REAL *k = STATIC(head)(j->k, j->sk, b, h / j->group) + k0 * j->sk[2];
   GEMM(false, true, rows, n, j->d, j->scale, q, j->sq[2], k, j->sk[2], 0, p, KEYS);
@@ -31,8 +43,8 @@ static void STATIC(scores)(const STATIC(job) *j, REAL *p, int64_t b, int64_t h, 
       for (int64_t c = 0; c < n; c++) s[c] += m[c * step];
     }
   }
-  for (int64_t i = 0; i < rows && j->causal; i++) {
-    int64_t from = STATIC(seen)(j, q0 + i) - k0;
+  for (int64_t i = 0; i < rows && (j->causal || limit); i++) {
+    int64_t from = STATIC(seen)(j, limit, q0 + i) - k0;
     for (int64_t c = from < 0 ? 0 : from; c < n; c++) p[i * KEYS + c] = (REAL)-INFINITY;
   }
 }
@@ -65,7 +77,7 @@ static void STATIC(forward)(STATIC(job) *j, int64_t b, int64_t h, int64_t q0) {
     return;
   }
   REAL *max = p + QUERIES * KEYS, *sum = max + QUERIES;
-  int64_t rows = MOE_MIN(QUERIES, j->t - q0), end = STATIC(seen)(j, q0 + rows - 1);
+  int64_t rows = MOE_MIN(QUERIES, j->t - q0), end = STATIC(most)(j, STATIC(limits)(j, b, h), q0, rows);
   const REAL *v = STATIC(head)(j->v, j->sv, b, h / j->group);
   REAL *y = j->y + b * j->sy[0] + h * j->sy[1] + q0 * j->sy[2];
   for (int64_t i = 0; i < rows; i++) max[i] = (REAL)-INFINITY, sum[i] = 0;
@@ -113,8 +125,9 @@ static void STATIC(backward)(STATIC(job) *j, int64_t b, int64_t hk) {
     const REAL *q = STATIC(head)(j->q, j->sq, b, h), *y = STATIC(head)(j->y, j->sy, b, h);
     const REAL *g = STATIC(head)(j->g, j->sg, b, h), *lse = j->lse + (b * j->h + h) * j->t;
     REAL *dq = j->dq + b * j->sdq[0] + h * j->sdq[1];
+    const int64_t *limit = STATIC(limits)(j, b, h);
     for (int64_t q0 = 0; q0 < j->t; q0 += QUERIES) {
-      int64_t rows = MOE_MIN(QUERIES, j->t - q0), end = STATIC(seen)(j, q0 + rows - 1);
+      int64_t rows = MOE_MIN(QUERIES, j->t - q0), end = STATIC(most)(j, limit, q0, rows);
       REAL delta[QUERIES];
       for (int64_t i = 0; i < rows; i++) {
         const REAL *gi = g + (q0 + i) * j->sg[2], *yi = y + (q0 + i) * j->sy[2];

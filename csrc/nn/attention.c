@@ -165,7 +165,7 @@ static moe_tensor *restarting_positions(moe_tensor *cu, int64_t time, moe_device
 static moe_tensor *attend(moe_module *m, moe_tensor *q, moe_tensor *k, moe_tensor *v, moe_tensor *mask) {
   double p = m->training ? moe_module_number(m, "dropout", 0) : 0;
   if (p > 0) return attention_dropout(q, k, v, mask, m->data[CAUSAL], p);
-  return MOE_CALL(attention, T(q), T(k), T(v), maybe(mask), I(m->data[CAUSAL]), NIL);
+  return MOE_CALL(attention, T(q), T(k), T(v), maybe(mask), I(m->data[CAUSAL]), NIL, NIL);
 }
 
 /* Each sequence by itself. */

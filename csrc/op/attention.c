@@ -4,8 +4,8 @@
 #include "autograd/graph.h"
 #include "op/product.h"
 
-enum { Q, K, V, MASK, CAUSAL, SCALE };       /* arguments */
-enum { SAVED_Y = MASK + 1, SAVED_LSE };      /* saved: q, k, v, mask, y, lse */
+enum { Q, K, V, MASK, CAUSAL, SCALE, SEEN };         /* arguments */
+enum { SAVED_Y = MASK + 1, SAVED_LSE, SAVED_SEEN };  /* saved: q, k, v, mask, y, lse, seen */
 enum { NO_MASK, MAY_ATTEND, ADDED };         /* the kernel's kinds of mask */
 
 moe_tensor *moe_heads_like(const moe_tensor *like, const int64_t *shape, moe_dtype dt) {
@@ -64,6 +64,20 @@ static moe_status check_shapes(moe_ctx *c, const moe_tensor *q, const moe_tensor
                  moe_shape_text(bq, 4, to));
 }
 
+/* *seen as the kernel takes it: i64 [b, h, t], dense. */
+static moe_status prepare_seen(moe_ctx *c, moe_tensor **seen, int64_t b, int64_t h, int64_t t) {
+  *seen = c->arg[SEEN].kind == MOE_K_none ? NULL : c->arg[SEEN].t;
+  if (*seen == NULL) return MOE_OK;
+  const moe_tensor *s = *seen;
+  if (s->dtype != MOE_i64 || s->ndim != 3 || s->shape[0] != b || s->shape[1] != h || s->shape[2] != t) {
+    char got[MOE_SHAPE_TEXT];
+    return OP_FAIL(c, "seen must be i64 [batch, heads, queries] = [%lld, %lld, %lld], got %s %s", (long long)b, (long long)h,
+                   (long long)t, moe_dtype_name(s->dtype), moe_shape_of(got, s));
+  }
+  *seen = moe_contiguous_raw(*seen);
+  return *seen ? MOE_OK : moe_error_code();
+}
+
 static double scale_of(const moe_ctx *c, int64_t d) {
   return c->arg[SCALE].kind == MOE_K_none ? 1 / sqrt((double)MOE_MAX(d, 1)) : c->arg[SCALE].f;
 }
@@ -93,6 +107,8 @@ moe_status moe_fwd_attention(moe_ctx *c) {
   moe_save(c, v);
   moe_save(c, mask);
   int kind;
+  moe_tensor *seen;
+  MOE_TRY(prepare_seen(c, &seen, b, h, t));
   q = with_rows(q, ct);
   k = with_rows(k, ct);
   v = with_rows(v, ct);
@@ -103,7 +119,7 @@ moe_status moe_fwd_attention(moe_ctx *c) {
   if (moe_numel(y) > 0 || (lse && moe_numel(lse) > 0))
     MOE_TRY(MOE_RUN(dev, c->op->name, attention, ct, moe_data(y), lse ? moe_data(lse) : NULL, moe_data(q), moe_data(k), moe_data(v),
                     mask ? moe_data(mask) : NULL, size, y->stride, q->stride, k->stride, v->stride, sm, kind,
-                    c->arg[CAUSAL].i != 0, scale_of(c, d)));
+                    c->arg[CAUSAL].i != 0, seen ? moe_data(seen) : NULL, scale_of(c, d)));
   if (ct != dt) {
     moe_tensor *r = moe_to_raw(y, dt, dev);
     if (r == NULL) return moe_error_code();
@@ -112,13 +128,14 @@ moe_status moe_fwd_attention(moe_ctx *c) {
   MOE_TRY(moe_set_out(c, 0, y));
   moe_save(c, y);
   moe_save(c, lse);
+  moe_save(c, seen);
   return MOE_OK;
 }
 
 moe_status moe_bwd_attention(moe_ctx *c) {
   if (moe_grad_enabled()) return OP_FAIL(c, "has no second derivative; compose it of matmul and softmax where one is wanted");
   moe_tensor *q = c->saved[Q], *k = c->saved[K], *v = c->saved[V], *mask = c->saved[MASK];
-  moe_tensor *y = c->saved[SAVED_Y], *lse = c->saved[SAVED_LSE];
+  moe_tensor *y = c->saved[SAVED_Y], *lse = c->saved[SAVED_LSE], *seen = c->saved[SAVED_SEEN];
   int64_t b = q->shape[0], h = q->shape[1], t = q->shape[2], s = k->shape[2], d = q->shape[3], dv = v->shape[3];
   int64_t size[7] = {b, h, k->shape[1], t, s, d, dv}, sm[4];
   moe_dtype ct = lse->dtype;
@@ -139,7 +156,7 @@ moe_status moe_bwd_attention(moe_ctx *c) {
     MOE_TRY(MOE_RUN(dev, c->op->name, attention_backward, ct, moe_data(dq), moe_data(dk), moe_data(dvalue), dmask ? moe_data(dmask) : NULL,
                     moe_data(g), moe_data(y), moe_data(lse), moe_data(q), moe_data(k), moe_data(v), mask ? moe_data(mask) : NULL, size,
                     dq->stride, dk->stride, dvalue->stride, g->stride, y->stride, q->stride, k->stride, v->stride, sm, kind,
-                    c->arg[CAUSAL].i != 0, scale_of(c, d)));
+                    c->arg[CAUSAL].i != 0, seen ? moe_data(seen) : NULL, scale_of(c, d)));
   moe_tensor *grads[] = {dq, dk, dvalue, dmask};
   for (int i = 0; i < c->nin && i < 4; i++) {
     if (!c->need[i]) continue;

@@ -169,6 +169,26 @@ describe("attention", function()
     for name in pairs(one) do assert.close(one[name], two[name], { rtol = 0, atol = 0, name = name }) end
   end)
 
+  it("lets each query see its own number of keys", function()
+    moe.manual_seed(3)
+    local function make(...) return leaf(moe.randn({ ... }, { dtype = "f64" })) end
+    for _, causal in ipairs { false, true } do
+      local q, k, v = make(2, 4, 150, 3), make(2, 2, 140, 3), make(2, 2, 140, 2)
+      local seen = moe.randint(-3, 150, { 2, 4, 150 }) -- negative and beyond the last key: none and all
+      seen:narrow(3, 65, 64):fill_(0) -- a whole block that sees nothing
+      local mask = moe.arange(1, 140):to "i64":reshape { 1, 1, 1, 140 }:le(seen:unsqueeze(-1))
+      local g = moe.randn(2, 4, 150, 2):to "f64"
+      local results = {}
+      for i, how in ipairs { { causal = causal, seen = seen }, { causal = causal, mask = mask } } do
+        q.grad, k.grad, v.grad = nil, nil, nil
+        local y = moe.attention(q, k, v, how)
+        ;(y * g):sum():backward()
+        results[i] = { y:detach(), q.grad, k.grad, v.grad }
+      end
+      for i = 1, 4 do assert.close(results[2][i], results[1][i], { rtol = 1e-11, atol = 1e-12 }) end
+    end
+  end)
+
   it("knows empty sizes", function()
     assert.same({ 0, 2, 3, 4 }, moe.attention(moe.zeros { 0, 2, 3, 4 }, moe.zeros { 0, 2, 3, 4 }, moe.zeros { 0, 2, 3, 4 }).shape)
     assert.same({ 1, 2, 0, 4 }, moe.attention(moe.zeros { 1, 2, 0, 4 }, moe.zeros { 1, 2, 3, 4 }, moe.zeros { 1, 2, 3, 4 }).shape)
@@ -194,5 +214,8 @@ describe("attention", function()
       z(1, 2, 3, 4), z(1, 2, 3, 4), z(1, 2, 3, 4), moe.zeros({ 4, 3 }, { dtype = "bool" }))
     says("mask must be bool (true: may attend) or floating point (added to the scores), got i64",
       z(1, 2, 3, 4), z(1, 2, 3, 4), z(1, 2, 3, 4), moe.zeros({ 3, 3 }, { dtype = "i64" }))
+    says("seen must be i64 [batch, heads, queries] = [1, 2, 3], got i64 [1, 3, 2]",
+      z(1, 2, 3, 4), z(1, 2, 3, 4), z(1, 2, 3, 4), { seen = moe.zeros({ 1, 3, 2 }, { dtype = "i64" }) })
+    says("seen must be i64", z(1, 2, 3, 4), z(1, 2, 3, 4), z(1, 2, 3, 4), { seen = z(1, 2, 3) })
   end)
 end)
