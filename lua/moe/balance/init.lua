@@ -5,8 +5,8 @@
 --
 -- Anything that answers loss(routing, ctx, state) will do, a plain function too; nil means "nothing to add". `state` is a
 -- table that belongs to the layer; `loss:start(state, num_experts)`, where it is there, fills it once. One with
--- `loss:observe(routing, ctx, state)` sees every first training forward, and one with `loss:after_step(layer, state)` is
--- called once an optimizer step: see selection_bias. ctx is what the layer was called with, and layer, x [T, d_model] and shape.
+-- `loss:observe(routing, ctx, state)` sees every first training forward, and one with `loss:after_step(layer, state, ctx)`
+-- is called once an optimizer step: see selection_bias. ctx is what the layer was called with, and layer, x [T, d_model], shape.
 
 local core = require "moe.core"
 

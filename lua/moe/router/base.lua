@@ -69,6 +69,19 @@ function Router:bind(sizes)
   return getmetatable(self)(given)
 end
 
+--- Changes options of a router that was made: those that its class lists in `settable`, checked by its `check`, where it
+-- has one, and taken over by its `changed`. Returns the router: layer.router:set{ top_k = 2 }.
+function Router:set(given)
+  local new = options.read(name_of(self) .. ":set", given, self.settable or {}, 2)
+  local o = {}
+  for k, v in pairs(self._options) do o[k] = v end
+  for k, v in pairs(new) do o[k] = v end
+  if self.check then self:check(o) end
+  self._options = o
+  if self.changed then self:changed(o) end
+  return self
+end
+
 --- Makes the parameter prefix .. "weight" [rows, d_model] and, with `bias`, prefix .. "bias" [rows].
 function Router:projection(prefix, rows, columns)
   local o = self._options
@@ -96,21 +109,16 @@ end
 
 --- The logits [T, rows] of x [T, d_model], noise included; -inf for experts that ctx.expert_mask (bool [rows] or
 -- [T, rows], true: may be chosen) leaves out.
+-- Where there was noise, also the logits before it and its standard deviation [T, rows] (or a number).
 function Router:logits(x, ctx)
   self:ready()
   local o = self._options
   x = self:input(x)
-  local logits = x:linear(self.weight, self.bias)
-  if o.noise and (self.training or o.noise_in_eval) then
-    local noise = core.randn_like(logits:detach())
-    if o.noise == "learned" then
-      noise = noise * x:linear(self.noise_weight, self.noise_bias):softplus()
-    else
-      noise = noise * o.noise
-    end
-    logits = logits + noise
-  end
-  return self:masked(logits, ctx)
+  local clean = x:linear(self.weight, self.bias)
+  if not (o.noise and (self.training or o.noise_in_eval)) then return self:masked(clean, ctx) end
+  local std = o.noise
+  if std == "learned" then std = x:linear(self.noise_weight, self.noise_bias):softplus() end
+  return self:masked(clean + core.randn_like(clean:detach()) * std, ctx), self:masked(clean, ctx), std
 end
 
 --- Logits with -inf where ctx.expert_mask is false.
