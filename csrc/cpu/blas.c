@@ -34,6 +34,8 @@ static inline void one_thread(void) {
   pthread_once(&once, set_one_thread);
 }
 
+void moe_blas_start(void) { one_thread(); }
+
 /* A task worth handing to another core: about 10 us of a core that does 100 GFLOP/s. */
 #define TASK_FLOPS 1e6
 

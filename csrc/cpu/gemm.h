@@ -15,6 +15,9 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+/* Puts the BLAS on one thread; before any use of it that does not go through the functions below (LAPACK). */
+void moe_blas_start(void);
+
 /* Single-threaded, on the calling thread: for use inside tasks of the pool. */
 void moe_gemm_f32(bool ta, bool tb, int64_t m, int64_t n, int64_t k, float alpha, const float *a, int64_t lda,
                   const float *b, int64_t ldb, float beta, float *c, int64_t ldc);
