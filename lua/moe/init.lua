@@ -21,7 +21,7 @@ local submodules <const> = {
   nn = "moe.nn", model = "moe.model", optim = "moe.optim", schedule = "moe.schedule", trainer = "moe.trainer",
   data = "moe.data", io = "moe.io", loss = "moe.loss", router = "moe.router", experts = "moe.experts",
   routing = "moe.routing", layer = "moe.layer", gradcheck = "moe.gradcheck", help = "moe.help", repl = "moe.repl",
-  progress = "moe.progress", mixer = "moe.mixer", recipe = "moe.recipe",
+  progress = "moe.progress", mixer = "moe.mixer", stick_breaking = "moe.sparse.stick_breaking:attention", recipe = "moe.recipe",
 }
 
 --- Runs `f(...)` and gives back what it returns; every other tensor that it made is released at once.

@@ -6,4 +6,7 @@ require "moe.nn.module" -- gives C layers the protocol of modules
 local M = {}
 for name, make in pairs(core._module.make.mixer or {}) do M[name] = make end
 
-return M
+return require "moe.lazy"(M, {
+  mixture_of_heads = "moe.sparse.heads:mixture_of_heads", mixture_of_attention = "moe.sparse.heads:mixture_of_attention",
+  stick_breaking = "moe.sparse.heads:stick_breaking",
+})

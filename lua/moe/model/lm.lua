@@ -253,11 +253,21 @@ local function inner_context(ctx, ids)
   return inner
 end
 
+-- Sparse layers, mixers among them, have joined inner.routings themselves; what a function returned joins here.
+local function join(inner, routing)
+  local list = inner.routings or {}
+  for i = #list, 1, -1 do
+    if list[i] == routing then return end
+  end
+  list[#list + 1] = routing
+  inner.routings, inner.routing = list, routing
+end
+
 local function is_sparse(self)
   if self._sparse == nil then
     self._sparse = false
     for _, block in ipairs(self.layers) do
-      if block.ffn and not (low.is(block.ffn)) then self._sparse = true end
+      if not (block.mixer and low.is(block.mixer)) or block.ffn and not low.is(block.ffn) then self._sparse = true end
     end
   end
   return self._sparse
@@ -269,18 +279,17 @@ function LM:hidden(ids, ctx, state)
   local x = embed(self, ids, state and state.position or 0, ctx)
   local inner = (ctx ~= nil or is_sparse(self)) and inner_context(ctx, ids) or nil
   local after = state and { position = state.position + ids.shape[2] }
-  local routings = {}
   for i, block in ipairs(self.layers) do
     local s, routing
     if inner then inner.layer_number = i end
     x, s, routing = block(x, state and state[i], inner)
     if after then after[i] = s end
     if routing ~= nil then
-      routings[#routings + 1] = routing
+      join(inner, routing)
       inner.previous_routing = routing
     end
   end
-  self.routings = routings
+  self.routings = inner and inner.routings or {}
   if ctx and inner.routings then ctx.routings, ctx.routing = inner.routings, inner.routing end
   return self.norm(x), after
 end
@@ -301,7 +310,7 @@ end
 --- The empty state of a batch: caches of the mixers.
 function LM:state(batch)
   local state = { position = 0 }
-  for i, block in ipairs(self.layers) do state[i] = block.mixer:state(batch or 1) end
+  for i, block in ipairs(self.layers) do state[i] = (block.mixer or block):state(batch or 1) end
   return state
 end
 

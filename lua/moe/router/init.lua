@@ -19,6 +19,8 @@ end
 local paths = {}
 for _, name in ipairs {
   "topk",
+  "two_stage",
+  "soft", "mixture_of_tokens", "random", "neighbour", "sequence",
 } do
   paths[name] = "moe.router." .. name
 end
