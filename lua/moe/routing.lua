@@ -57,10 +57,25 @@ function M.experts(index, weight, num_tokens, extras)
   return adorn("routing.experts", sparse.experts(index, weight, num_tokens, o.mask), o)
 end
 
+local SOFT <const> = { across = { "integer" } }
+
 --- Dense mixing: dispatch, combine [T, E, slots], or [B, T, E, slots] for mixing within each sequence of a batch. An expert
--- works on its slots, which are dispatch-weighted sums of tokens; a token gets the combine-weighted sum of all slots.
-function M.soft(dispatch, combine)
-  return sparse.soft(dispatch, combine)
+-- works on its slots, which are dispatch-weighted sums of tokens; a token gets the combine-weighted sum of all slots:
+-- slot_s = sum_t dispatch_ts x_t, y_t = sum_s combine_ts expert(slot_s). Options: across = n with a batch: the mixing is not within
+-- the sequences, but, time by time, within groups of n consecutive examples.
+function M.soft(dispatch, combine, given)
+  local across = options.read("routing.soft", given, SOFT).across
+  if not across then return sparse.soft(dispatch, combine) end
+  local s = core.is_tensor(dispatch) and dispatch.shape
+  if not s or #s ~= 4 or across < 1 or s[1] % across ~= 0 then
+    error(("routing.soft: across = %d wants [B, T, E, slots] with B a multiple of it, got %s"):format(across,
+      s and "[" .. table.concat(s, ", ") .. "]" or "a " .. type(dispatch)), 2)
+  end
+  -- to the lists of the routing a group of tokens is a sequence; their order matters to `through` alone
+  local alike = { s[1] // across * s[2], across, s[3], s[4] }
+  local routing = sparse.soft(dispatch:reshape(alike), combine:reshape(alike))
+  routing.dispatch, routing.combine_matrix, routing.across = dispatch, combine, across
+  return routing
 end
 
 --- Whether a value is a routing.
@@ -78,17 +93,17 @@ function M.through(routing, x, work)
   end
   local dispatch, combine = routing.dispatch, routing.combine_matrix
   if not dispatch then return work(x) end
-  local s = dispatch.shape
-  local dtype = x.dtype
-  if #s == 3 then
-    local slots = s[2] * s[3]
-    local y = work(dispatch:reshape { s[1], slots }:t():matmul(x):to(dtype))
-    return combine:reshape { s[1], slots }:matmul(y):to(dtype)
-  end
-  local batch, slots, d = s[1], s[3] * s[4], x:size(2)
-  local mixed = dispatch:reshape { batch, s[2], slots }:transpose(2, 3):matmul(x:reshape { batch, s[2], d })
-  local y = work(mixed:reshape { batch * slots, d }:to(dtype))
-  return combine:reshape { batch, s[2], slots }:matmul(y:reshape { batch, slots, y:size(2) }):reshape { batch * s[2], y:size(2) }:to(dtype)
+  -- tokens as [groups, members, positions]: the members of a group are mixed, each position by itself
+  local s, across, dtype, d = dispatch.shape, routing.across, x.dtype, x:size(2)
+  local slots = s[#s - 1] * s[#s]
+  local g, m, p = #s == 4 and s[1] or 1, s[#s - 2], 1
+  if across then g, m, p = g // across, across, m end
+  -- views throughout: the products take transposed matrices as they are
+  local mixed = dispatch:reshape { g, m, p, slots }:permute(1, 3, 4, 2):matmul(x:reshape { g, m, p, d }:transpose(2, 3))
+  local y = work(mixed:reshape { g * p * slots, d }:to(dtype))
+  d = y:size(2)
+  y = combine:reshape { g, m, p, slots }:transpose(2, 3):matmul(y:reshape { g, p, slots, d })
+  return y:transpose(2, 3):reshape { g * m * p, d }:to(dtype)
 end
 
 -- --- methods ---

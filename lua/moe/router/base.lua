@@ -107,6 +107,9 @@ function Router:input(x)
   return x
 end
 
+--- What the logits [T, rows] of x [T, d_model] are made of; a router may measure otherwise.
+function Router:affinity(x) return x:linear(self.weight, self.bias) end
+
 --- The logits [T, rows] of x [T, d_model], noise included; -inf for experts that ctx.expert_mask (bool [rows] or
 -- [T, rows], true: may be chosen) leaves out.
 -- Where there was noise, also the logits before it and its standard deviation [T, rows] (or a number).
@@ -114,7 +117,7 @@ function Router:logits(x, ctx)
   self:ready()
   local o = self._options
   x = self:input(x)
-  local clean = x:linear(self.weight, self.bias)
+  local clean = self:affinity(x)
   if not (o.noise and (self.training or o.noise_in_eval)) then return self:masked(clean, ctx) end
   local std = o.noise
   if std == "learned" then std = x:linear(self.noise_weight, self.noise_bias):softplus() end
@@ -132,6 +135,27 @@ function Router:masked(logits, ctx)
       shape and ("%s [%s]"):format(mask.dtype, table.concat(shape, ", ")) or "a " .. type(mask))
   end
   return logits:masked_fill(mask:logical_not(), -math.huge)
+end
+
+--- How many sequences the tokens x [T, d_model] are, and of how many tokens each: by ctx.shape, {.., time}; one where it has
+-- no batch.
+function Router:sequences(x, ctx)
+  local tokens, shape = x:size(1), ctx and ctx.shape
+  if not shape or #shape < 2 then return 1, tokens end
+  local time, batch = shape[#shape], 1
+  for i = 1, #shape - 1 do batch = batch * shape[i] end
+  if batch * time ~= tokens then
+    self:fail("ctx.shape is {%s}, but there are %d tokens", table.concat(shape, ", "), tokens)
+  end
+  return batch, time
+end
+
+--- The value of an option that may be a function of the step: that at ctx.step, or the last one where there is no step. It is
+-- kept in the field of the option's name; one that is a number may be changed there.
+function Router:scheduled(name, ctx)
+  local f = self._options[name]
+  if type(f) == "function" and (ctx.step or self[name] == nil) then self[name] = f(ctx.step or 1) end
+  return self[name]
 end
 
 --- Raises for a description without weights.

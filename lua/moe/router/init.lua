@@ -18,7 +18,8 @@ end
 -- One file a router.
 local paths = {}
 for _, name in ipairs {
-  "topk",
+  "topk", "cosine",
+  "expert_choice", "relu", "top_p", "threshold", "dense_to_sparse",
   "two_stage",
   "soft", "mixture_of_tokens", "random", "neighbour", "sequence",
 } do
