@@ -2,6 +2,7 @@
 
 local core = require "moe.core"
 local options = require "moe.nn.options"
+local schedule = require "moe.schedule"
 
 local M = {}
 
@@ -13,11 +14,7 @@ end
 
 -- The coefficient of this call: a number, or a function (step, layer_number) of what the context says.
 local function coefficient(self, ctx)
-  if type(self.coef) ~= "function" then return self.coef end
-  if not ctx.step then
-    error(("loss.%s: the coefficient is a function of the step, but ctx has no step"):format(self.name), 0)
-  end
-  local c = self.coef(ctx.step, ctx.layer_number)
+  local c = schedule.now(self.coef, ctx, ("loss.%s: the coefficient"):format(self.name))
   if type(c) ~= "number" then
     error(("loss.%s: the coefficient's function must return a number, got a %s"):format(self.name, type(c)), 0)
   end

@@ -1,9 +1,4 @@
---- Schedules: functions from a step, counted from 1, to a multiplier of the learning rate (or to anything else that
--- follows the steps: `schedules = { temperature = ... }` of a trainer). Any Lua function is one too, and they compose
--- as functions do.
---
--- Options: warmup (steps of a linear rise from 0, default 0), steps (where the schedule ends; it stays there afterwards),
--- min (the last value, default 0), max (the highest, default 1).
+-- Multipliers of a learning rate, or of a coefficient: a warm-up, then a shape.
 
 local check = require("moe.options").check
 
