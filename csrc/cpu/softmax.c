@@ -8,12 +8,16 @@
 #include "cpu/order.h"
 #include "cpu/vmath.h"
 
-enum { TILE = 64, BLOCK = 2048 };
+enum {
+  TILE = 256,  /* columns at a time: a page of each row, or a quarter */
+  ROWS = 64,   /* of a column are summed in its own type, then in double */
+  BLOCK = 2048 /* the same along a row */
+};
 
 typedef struct job {
   void *y;
   const void *x, *g;
-  int64_t n, inner;
+  int64_t n, inner, strips; /* strips of TILE columns, of which one has n * TILE elements */
   bool logarithm;
 } job;
 
@@ -36,7 +40,8 @@ typedef struct job {
 static moe_status run(const char *what, moe_range_fn *f32, moe_range_fn *f64, moe_dtype dt, int64_t outer, job *b) {
   moe_range_fn *fn = dt == MOE_f32 ? f32 : dt == MOE_f64 ? f64 : NULL;
   if (fn == NULL) return moe_fail(MOE_EDEVICE, "no kernel '%s' for %s on cpu", what, moe_dtype_name(dt));
-  moe_parallel_range(outer, MOE_MAX(1, MOE_GRAIN / MOE_MAX(b->n * b->inner, 1)), fn, b);
+  b->strips = (b->inner + TILE - 1) / TILE;
+  moe_parallel_range(outer * b->strips, MOE_MAX(1, MOE_GRAIN / MOE_MAX(b->n * MOE_MIN(b->inner, TILE), 1)), fn, b);
   return MOE_OK;
 }
 

@@ -64,9 +64,10 @@ static inline void NAME(col_stats)(REAL *restrict m, double *restrict s, const R
     if (finite && isinf(m[j])) m[j] = 0;
     s[j] = 0;
   }
-  for (int64_t i0 = 0; i0 < n; i0 += TILE) {
-    REAL part[TILE] = {0};
-    for (int64_t i = i0; i < MOE_MIN(i0 + TILE, n); i++) {
+  for (int64_t i0 = 0; i0 < n; i0 += ROWS) {
+    REAL part[TILE];
+    for (int64_t j = 0; j < w; j++) part[j] = 0;
+    for (int64_t i = i0; i < MOE_MIN(i0 + ROWS, n); i++) {
       const REAL *restrict r = x + i * stride;
 #pragma omp simd
       for (int64_t j = 0; j < w; j++) part[j] += EXP(r[j] - m[j]);
@@ -75,29 +76,35 @@ static inline void NAME(col_stats)(REAL *restrict m, double *restrict s, const R
   }
 }
 
+/* Strip t of [outer, n, inner]: up to TILE neighbouring columns. */
+static inline int64_t NAME(strip)(const job *b, int64_t t, int64_t *w) {
+  int64_t j0 = t % b->strips * TILE;
+  *w = MOE_MIN(b->inner - j0, TILE);
+  return t / b->strips * b->n * b->inner + j0;
+}
+
 static void NAME(cols)(void *arg, int64_t begin, int64_t end, int worker) {
   const job *b = arg;
-  int64_t n = b->n, inner = b->inner;
+  int64_t n = b->n, inner = b->inner, w;
   (void)worker;
-  for (int64_t o = begin; o < end; o++)
-    for (int64_t j0 = 0; j0 < inner; j0 += TILE) {
-      int64_t w = MOE_MIN(inner - j0, TILE);
-      const REAL *x = (const REAL *)b->x + o * n * inner + j0;
-      REAL *y = (REAL *)b->y + o * n * inner + j0, m[TILE], f[TILE];
-      double s[TILE];
-      NAME(col_stats)(m, s, x, n, inner, w, false);
-      for (int64_t j = 0; j < w; j++) f[j] = (REAL)(b->logarithm ? log(s[j]) : 1.0 / s[j]);
-      for (int64_t i = 0; i < n; i++) {
-        const REAL *restrict r = x + i * inner;
-        REAL *restrict q = y + i * inner;
-        if (b->logarithm) {
-          for (int64_t j = 0; j < w; j++) q[j] = (r[j] - m[j]) - f[j];
-        } else {
+  for (int64_t t = begin; t < end; t++) {
+    int64_t first = NAME(strip)(b, t, &w);
+    const REAL *x = (const REAL *)b->x + first;
+    REAL *y = (REAL *)b->y + first, m[TILE], f[TILE];
+    double s[TILE];
+    NAME(col_stats)(m, s, x, n, inner, w, false);
+    for (int64_t j = 0; j < w; j++) f[j] = (REAL)(b->logarithm ? log(s[j]) : 1.0 / s[j]);
+    for (int64_t i = 0; i < n; i++) {
+      const REAL *restrict r = x + i * inner;
+      REAL *restrict q = y + i * inner;
+      if (b->logarithm) {
+        for (int64_t j = 0; j < w; j++) q[j] = (r[j] - m[j]) - f[j];
+      } else {
 #pragma omp simd
-          for (int64_t j = 0; j < w; j++) q[j] = EXP(r[j] - m[j]) * f[j];
-        }
+        for (int64_t j = 0; j < w; j++) q[j] = EXP(r[j] - m[j]) * f[j];
       }
     }
+  }
 }
 
 /* softmax: gx = y (g - sum g y); log_softmax: gx = g - exp(y) sum g */
@@ -133,46 +140,45 @@ static void NAME(rows_bwd)(void *arg, int64_t begin, int64_t end, int worker) {
 
 static void NAME(cols_bwd)(void *arg, int64_t begin, int64_t end, int worker) {
   const job *b = arg;
-  int64_t n = b->n, inner = b->inner;
+  int64_t n = b->n, inner = b->inner, w;
   (void)worker;
-  for (int64_t o = begin; o < end; o++)
-    for (int64_t j0 = 0; j0 < inner; j0 += TILE) {
-      int64_t w = MOE_MIN(inner - j0, TILE), first = o * n * inner + j0;
-      const REAL *y = (const REAL *)b->x + first, *g = (const REAL *)b->g + first;
-      REAL *gx = (REAL *)b->y + first;
-      double t[TILE] = {0};
-      for (int64_t i = 0; i < n; i++)
-        for (int64_t j = 0; j < w; j++) {
-          REAL v = g[i * inner + j];
-          t[j] += (double)(b->logarithm ? v : v * y[i * inner + j]);
-        }
-      for (int64_t i = 0; i < n; i++)
-        for (int64_t j = 0; j < w; j++) {
-          REAL v = g[i * inner + j], z = y[i * inner + j];
-          gx[i * inner + j] = b->logarithm ? v - EXP(z) * (REAL)t[j] : z * (v - (REAL)t[j]);
-        }
-    }
+  for (int64_t t = begin; t < end; t++) {
+    int64_t first = NAME(strip)(b, t, &w);
+    const REAL *restrict y = (const REAL *)b->x + first, *restrict g = (const REAL *)b->g + first;
+    REAL *restrict gx = (REAL *)b->y + first;
+    double sum[TILE];
+    for (int64_t j = 0; j < w; j++) sum[j] = 0;
+    for (int64_t i = 0; i < n; i++)
+      for (int64_t j = 0; j < w; j++) {
+        REAL v = g[i * inner + j];
+        sum[j] += (double)(b->logarithm ? v : v * y[i * inner + j]);
+      }
+    for (int64_t i = 0; i < n; i++)
+      for (int64_t j = 0; j < w; j++) {
+        REAL v = g[i * inner + j], z = y[i * inner + j];
+        gx[i * inner + j] = b->logarithm ? v - EXP(z) * (REAL)sum[j] : z * (v - (REAL)sum[j]);
+      }
+  }
 }
 
 static void NAME(logsumexp)(void *arg, int64_t begin, int64_t end, int worker) {
   const job *b = arg;
-  int64_t n = b->n, inner = b->inner;
+  int64_t n = b->n, inner = b->inner, w;
   (void)worker;
-  for (int64_t o = begin; o < end; o++)
-    for (int64_t j0 = 0; j0 < inner; j0 += TILE) {
-      int64_t w = MOE_MIN(inner - j0, TILE);
-      const REAL *x = (const REAL *)b->x + o * n * inner + j0;
-      REAL *y = (REAL *)b->y + o * inner + j0, m[TILE];
-      double s[TILE];
-      if (inner == 1) {
-        m[0] = NAME(row_max)(x, n);
-        if (isinf(m[0])) m[0] = 0;
-        s[0] = NAME(row_exp)(NULL, x, n, m[0]);
-      } else {
-        NAME(col_stats)(m, s, x, n, inner, w, true);
-      }
-      for (int64_t j = 0; j < w; j++) y[j] = (REAL)((double)m[j] + log(s[j]));
+  for (int64_t t = begin; t < end; t++) {
+    int64_t first = NAME(strip)(b, t, &w);
+    const REAL *x = (const REAL *)b->x + first;
+    REAL *y = (REAL *)b->y + t / b->strips * inner + t % b->strips * TILE, m[TILE];
+    double s[TILE];
+    if (inner == 1) {
+      m[0] = NAME(row_max)(x, n);
+      if (isinf(m[0])) m[0] = 0;
+      s[0] = NAME(row_exp)(NULL, x, n, m[0]);
+    } else {
+      NAME(col_stats)(m, s, x, n, inner, w, true);
     }
+    for (int64_t j = 0; j < w; j++) y[j] = (REAL)((double)m[j] + log(s[j]));
+  }
 }
 
 #undef REAL

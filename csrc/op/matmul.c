@@ -146,16 +146,28 @@ static moe_tensor *as_rows(moe_tensor *t) {
   return moe_reshaped(t, 2, (const int64_t[]){rows, n});
 }
 
+/* Whether a saved matrix lies transposed in memory. Its gradient is then made in that order too: the view's own
+** backward turns it into a plain matrix again, and nobody copies it to get there. */
+static bool turned(const moe_tensor *t) {
+  bool trans;
+  int64_t ld;
+  return t != NULL && t->ndim >= 2 && matrix_of(t, &trans, &ld) && trans;
+}
+
+static moe_tensor *turn(moe_tensor *t) { return t ? MOE_CALL(transpose, T(t), I(-2), I(-1)) : NULL; }
+
 /* Gradients of op(a) op(b), both of at least two dimensions, for whichever is asked; not yet unbroadcast. */
-static moe_tensor *grad_a(moe_tensor *g, bool ta, moe_tensor *b, bool tb) {
+static moe_tensor *grad_a(moe_tensor *g, const moe_tensor *a, bool ta, moe_tensor *b, bool tb) {
+  if (!ta && turned(a)) return turn(MOE_CALL(product, T(b), T(g), I(tb), I(1)));
   return ta ? MOE_CALL(product, T(b), T(g), I(tb), I(1)) : MOE_CALL(product, T(g), T(b), I(0), I(!tb));
 }
 
-static moe_tensor *grad_b(moe_tensor *g, moe_tensor *a, bool ta, const moe_meta *b, bool tb) {
+static moe_tensor *grad_b(moe_tensor *g, moe_tensor *a, bool ta, const moe_meta *b, const moe_tensor *saved_b, bool tb) {
   if (b->ndim == 2 && a != NULL && a->ndim > 2 && !ta) { /* the batches are more rows of one inner dimension */
     a = as_rows(a);
     g = as_rows(g);
   }
+  if (!tb && turned(saved_b)) return turn(MOE_CALL(product, T(g), T(a), I(1), I(ta)));
   return tb ? MOE_CALL(product, T(g), T(a), I(1), I(ta)) : MOE_CALL(product, T(a), T(g), I(!ta), I(0));
 }
 
@@ -189,8 +201,8 @@ moe_status moe_fwd_product(moe_ctx *c) {
 moe_status moe_bwd_product(moe_ctx *c) {
   moe_tensor *g = c->gout[0];
   bool ta = c->arg[2].i != 0, tb = c->arg[3].i != 0;
-  if (c->need[0]) c->gin[0] = moe_unbroadcast(grad_a(g, ta, c->saved[1], tb), &c->in[0]);
-  if (c->need[1]) c->gin[1] = moe_unbroadcast(grad_b(g, c->saved[0], ta, &c->in[1], tb), &c->in[1]);
+  if (c->need[0]) c->gin[0] = moe_unbroadcast(grad_a(g, c->saved[0], ta, c->saved[1], tb), &c->in[0]);
+  if (c->need[1]) c->gin[1] = moe_unbroadcast(grad_b(g, c->saved[0], ta, &c->in[1], c->saved[1], tb), &c->in[1]);
   return (c->need[0] && !c->gin[0]) || (c->need[1] && !c->gin[1]) ? moe_error_code() : MOE_OK;
 }
 
@@ -255,8 +267,8 @@ moe_status moe_bwd_matmul(moe_ctx *c) {
     g = moe_reshaped(g, nd, shape);
   }
   moe_meta meta_b = {.ndim = column ? 2 : c->in[1].ndim};
-  if (c->need[0] && g && b) c->gin[0] = back_to(grad_a(g, false, b, false), &c->in[0], false);
-  if (c->need[1] && g && a) c->gin[1] = back_to(grad_b(g, a, false, &meta_b, false), &c->in[1], true);
+  if (c->need[0] && g && b) c->gin[0] = back_to(grad_a(g, a, false, b, false), &c->in[0], false);
+  if (c->need[1] && g && a) c->gin[1] = back_to(grad_b(g, a, false, &meta_b, b, false), &c->in[1], true);
   return (c->need[0] && !c->gin[0]) || (c->need[1] && !c->gin[1]) ? moe_error_code() : MOE_OK;
 }
 
@@ -307,8 +319,8 @@ moe_status moe_bwd_addmm(moe_ctx *c) {
   moe_tensor *g = c->gout[0];
   double beta = c->arg[3].f, alpha = c->arg[4].f;
   if (c->need[0]) c->gin[0] = moe_unbroadcast(scaled(g, beta), &c->in[0]);
-  if (c->need[1]) c->gin[1] = moe_unbroadcast(scaled(grad_a(g, false, c->saved[1], false), alpha), &c->in[1]);
-  if (c->need[2]) c->gin[2] = moe_unbroadcast(scaled(grad_b(g, c->saved[0], false, &c->in[2], false), alpha), &c->in[2]);
+  if (c->need[1]) c->gin[1] = moe_unbroadcast(scaled(grad_a(g, c->saved[0], false, c->saved[1], false), alpha), &c->in[1]);
+  if (c->need[2]) c->gin[2] = moe_unbroadcast(scaled(grad_b(g, c->saved[0], false, &c->in[2], c->saved[1], false), alpha), &c->in[2]);
   for (int i = 0; i < 3; i++)
     if (c->need[i] && c->gin[i] == NULL) return moe_error_code();
   return MOE_OK;
