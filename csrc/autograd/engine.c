@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "autograd/graph.h"
+#include "autograd/rows.h"
 
 typedef struct leaf_sum {
   moe_tensor *leaf, *sum; /* owned */
@@ -115,6 +116,13 @@ static moe_status accumulate(moe_tensor **slot, moe_tensor *g, unsigned flags) {
 /* A leaf's .grad lives on: it must not share memory with anything. */
 static moe_status feed_leaf(moe_tensor *leaf, moe_tensor *g, unsigned flags) {
   if (leaf->grad != NULL) {
+    if (moe_is_rows(g)) return moe_rows_add(leaf, g);
+    if (moe_is_rows(leaf->grad)) {
+      moe_tensor *dense = moe_grad_dense(leaf);
+      if (dense == NULL) return moe_error_code();
+      moe_release(leaf->grad);
+      leaf->grad = moe_retain(dense);
+    }
     if (flags & MOE_BACKWARD_CREATE) return accumulate(&leaf->grad, g, flags);
     moe_tensor *out[MOE_MAX_OUT];
     return moe_call(&moe_ops[MOE_OP_add], 0, true, (const moe_value[]){T(leaf->grad), T(g)}, 2, out, NULL);
@@ -123,6 +131,7 @@ static moe_status feed_leaf(moe_tensor *leaf, moe_tensor *g, unsigned flags) {
     moe_tensor *copy = moe_empty_like(g);
     if (copy == NULL) return moe_error_code();
     MOE_TRY(moe_copy(copy, g));
+    copy->rows = moe_retain(g->rows);
     g = copy;
   }
   leaf->grad = moe_retain(g);
@@ -207,7 +216,7 @@ static moe_status unpack(moe_node *n, moe_ctx *c, bool create) {
 static moe_status check_gin(const moe_node *n, int i, const moe_tensor *g) {
   const moe_meta *m = &n->in[i];
   bool same = g->ndim == m->ndim && g->dtype == m->dtype;
-  for (int d = 0; same && d < g->ndim; d++) same = g->shape[d] == m->shape[d];
+  for (int d = moe_is_rows(g); same && d < g->ndim; d++) same = g->shape[d] == m->shape[d];
   if (same) return MOE_OK;
   char a[MOE_SHAPE_TEXT], b[MOE_SHAPE_TEXT];
   return moe_fail(MOE_EINVAL, "backward: '%s' gave a gradient %s %s for its input %d, which is %s %s", name_of(n),
@@ -251,6 +260,8 @@ static moe_status run_node(walk *w, moe_node *n, moe_tensor **gin) {
     if (g == NULL || !n->need[i]) continue;
     MOE_TRY(check_gin(n, i, g));
     moe_edge *e = &n->edge[i];
+    bool plain_leaf = w->target == NULL && e->leaf && e->leaf->hooks == NULL;
+    if (!plain_leaf && (g = moe_rows_dense(g, &n->in[i])) == NULL) return moe_error_code();
     if (e->node) MOE_TRY(accumulate(&e->node->grad[e->out], g, w->flags));
     else if (e->leaf) MOE_TRY(to_leaf(w, e->leaf, g));
   }

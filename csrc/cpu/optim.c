@@ -13,14 +13,17 @@ typedef struct pieces {
   void *const *p, *const *state;
   const void *const *g;
   const int64_t *n;
+  const int64_t *const *rows; /* or NULL: dense gradients alone */
+  const int64_t *width;
   const double *hyper;
   const int64_t *first;
   int64_t count;
   double *sums; /* [pieces] */
   double factor;
   moe_dtype dt;
-  void (*piece_f32)(const struct pieces *, int64_t tensor, int64_t begin, int64_t n);
-  void (*piece_f64)(const struct pieces *, int64_t tensor, int64_t begin, int64_t n);
+  /* n elements, from `at` on in the parameter and its states, from `begin` on in the gradient */
+  void (*piece_f32)(const struct pieces *, int64_t tensor, int64_t at, int64_t begin, int64_t n);
+  void (*piece_f64)(const struct pieces *, int64_t tensor, int64_t at, int64_t begin, int64_t n);
 } pieces;
 
 static void piece_task(void *arg, int64_t task, int worker) {
@@ -32,9 +35,17 @@ static void piece_task(void *arg, int64_t task, int worker) {
     if (s->first[mid] <= task) low = mid;
     else high = mid;
   }
-  int64_t begin = (task - s->first[low]) * PIECE, n = MOE_MIN(s->n[low] - begin, (int64_t)PIECE);
-  if (s->dt == MOE_f64) s->piece_f64(s, low, begin, n);
-  else s->piece_f32(s, low, begin, n);
+  int64_t begin = (task - s->first[low]) * PIECE, n = MOE_MIN(s->n[low] - begin, (int64_t)PIECE), at = begin;
+  const int64_t *rows = s->rows ? s->rows[low] : NULL;
+  void (*piece)(const struct pieces *, int64_t, int64_t, int64_t, int64_t) = s->dt == MOE_f64 ? s->piece_f64 : s->piece_f32;
+  for (int64_t end = begin + n; begin < end; begin += n) { /* a list of rows: what of each lies in the piece */
+    if (rows != NULL) {
+      int64_t d = s->width[low], column = begin % d;
+      at = rows[begin / d] * d + column;
+      n = MOE_MIN(d - column, end - begin);
+    }
+    piece(s, low, at, begin, n);
+  }
 }
 
 /* An empty tensor has no piece: its `first` equals the next one's, and the search passes it by. */
@@ -58,10 +69,10 @@ static moe_status run_pieces(pieces *s, bool sums, int64_t *total) {
 }
 
 #define OPTIMIZER(T, F, SQRT)                                                                             \
-  static void adamw_##T(const pieces *s, int64_t i, int64_t begin, int64_t n) {                           \
-    T *restrict p = (T *)s->p[i] + begin;                                                                 \
-    T *restrict m = (T *)s->state[i * MOE_OPTIM_STATES] + begin;                                          \
-    T *restrict v = (T *)s->state[i * MOE_OPTIM_STATES + 1] + begin;                                      \
+  static void adamw_##T(const pieces *s, int64_t i, int64_t at, int64_t begin, int64_t n) {               \
+    T *restrict p = (T *)s->p[i] + at;                                                                    \
+    T *restrict m = (T *)s->state[i * MOE_OPTIM_STATES] + at;                                             \
+    T *restrict v = (T *)s->state[i * MOE_OPTIM_STATES + 1] + at;                                         \
     const T *restrict g = (const T *)s->g[i] + begin;                                                     \
     const double *h = &s->hyper[i * MOE_OPTIM_HYPER];                                                     \
     const T scale = (T)h[0], keep = (T)h[1], one_b1 = (T)h[2], b2 = (T)h[3], one_b2 = (T)h[4];            \
@@ -75,8 +86,8 @@ static moe_status run_pieces(pieces *s, bool sums, int64_t *total) {
       p[k] = p[k] * keep - rate * mk / (SQRT(vk) * root + eps);                                           \
     }                                                                                                     \
   }                                                                                                       \
-  static void sgd_##T(const pieces *s, int64_t i, int64_t begin, int64_t n) {                             \
-    T *restrict p = (T *)s->p[i] + begin;                                                                 \
+  static void sgd_##T(const pieces *s, int64_t i, int64_t at, int64_t begin, int64_t n) {                 \
+    T *restrict p = (T *)s->p[i] + at;                                                                    \
     const T *restrict g = (const T *)s->g[i] + begin;                                                     \
     const double *h = &s->hyper[i * MOE_OPTIM_HYPER];                                                     \
     const T scale = (T)h[0], decay = (T)h[1], momentum = (T)h[2], fresh = (T)h[3], rate = (T)h[4];        \
@@ -85,7 +96,7 @@ static moe_status run_pieces(pieces *s, bool sums, int64_t *total) {
       _Pragma("omp simd") for (int64_t k = 0; k < n; k++) p[k] -= rate * (g[k] * scale + decay * p[k]);   \
       return;                                                                                             \
     }                                                                                                     \
-    T *restrict b = (T *)s->state[i * MOE_OPTIM_STATES] + begin;                                          \
+    T *restrict b = (T *)s->state[i * MOE_OPTIM_STATES] + at;                                             \
     _Pragma("omp simd") for (int64_t k = 0; k < n; k++) {                                                 \
       T gk = g[k] * scale + decay * p[k];                                                                 \
       T bk = b[k] * momentum + gk * fresh;                                                                \
@@ -93,8 +104,9 @@ static moe_status run_pieces(pieces *s, bool sums, int64_t *total) {
       p[k] -= rate * (plain * gk + (old + ahead) * bk);                                                   \
     }                                                                                                     \
   }                                                                                                       \
-  static void squares_##T(const pieces *s, int64_t i, int64_t begin, int64_t n) {                         \
+  static void squares_##T(const pieces *s, int64_t i, int64_t at, int64_t begin, int64_t n) {             \
     const T *restrict g = (const T *)s->g[i] + begin;                                                     \
+    (void)at;                                                                                             \
     double lane[16] = {0}, sum = 0;                                                                       \
     int64_t whole = n / 16 * 16;                                                                          \
     for (int64_t k = 0; k < whole; k += 16)                                                               \
@@ -103,26 +115,27 @@ static moe_status run_pieces(pieces *s, bool sums, int64_t *total) {
     for (int64_t l = 0; l < 16; l++) sum += lane[l];                                                      \
     s->sums[s->first[i] + begin / PIECE] = sum;                                                           \
   }                                                                                                       \
-  static void scale_##T(const pieces *s, int64_t i, int64_t begin, int64_t n) {                           \
-    T *restrict x = (T *)s->p[i] + begin;                                                                 \
+  static void scale_##T(const pieces *s, int64_t i, int64_t at, int64_t begin, int64_t n) {               \
+    (void)begin;                                                                                          \
+    T *restrict x = (T *)s->p[i] + at;                                                                    \
     const T f = (T)s->factor;                                                                             \
     _Pragma("omp simd") for (int64_t k = 0; k < n; k++) x[k] *= f;                                        \
   }
 OPTIMIZER(float, f, sqrtf)
 OPTIMIZER(double, d, sqrt)
 
-moe_status MOE_CPU(adamw_step)(void *const *p, void *const *state, const void *const *g, const int64_t *n, int64_t count,
-                               const double *hyper, moe_dtype dt) {
+moe_status MOE_CPU(adamw_step)(void *const *p, void *const *state, const void *const *g, const int64_t *n,
+                               const int64_t *const *rows, const int64_t *width, int64_t count, const double *hyper, moe_dtype dt) {
   int64_t total = 0;
-  pieces s = {.p = p, .state = state, .g = g, .n = n, .count = count, .hyper = hyper, .dt = dt,
+  pieces s = {.p = p, .state = state, .g = g, .n = n, .rows = rows, .width = width, .count = count, .hyper = hyper, .dt = dt,
               .piece_f32 = adamw_float, .piece_f64 = adamw_double};
   return run_pieces(&s, false, &total);
 }
 
-moe_status MOE_CPU(sgd_step)(void *const *p, void *const *state, const void *const *g, const int64_t *n, int64_t count,
-                             const double *hyper, moe_dtype dt) {
+moe_status MOE_CPU(sgd_step)(void *const *p, void *const *state, const void *const *g, const int64_t *n,
+                             const int64_t *const *rows, const int64_t *width, int64_t count, const double *hyper, moe_dtype dt) {
   int64_t total = 0;
-  pieces s = {.p = p, .state = state, .g = g, .n = n, .count = count, .hyper = hyper, .dt = dt,
+  pieces s = {.p = p, .state = state, .g = g, .n = n, .rows = rows, .width = width, .count = count, .hyper = hyper, .dt = dt,
               .piece_f32 = sgd_float, .piece_f64 = sgd_double};
   return run_pieces(&s, false, &total);
 }

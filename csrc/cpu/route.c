@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "cpu/cpu.h"
+#include "cpu/radix.h"
 #include "cpu/vmath.h"
 
 enum { SCRATCH = 6 }; /* the scratch slot of these kernels */
@@ -120,60 +121,20 @@ moe_status MOE_CPU(route_entries)(int64_t *token, int64_t *expert, int64_t *sour
   return MOE_OK;
 }
 
-/* One pass, stable: out [n] <- in [n] (NULL: 0 .. n - 1) in order of the bits `mask` of key[in] >> shift. `count`
-** has room for `buckets` numbers: the whole range of keys where that is about as long as the list, else 2^11. */
-static void sort_pass(int64_t *out, const int64_t *in, const int64_t *key, int64_t n, int shift, int64_t mask,
-                      int64_t *count, int64_t buckets) {
-  memset(count, 0, (size_t)buckets * sizeof *count);
-  for (int64_t i = 0; i < n; i++) count[key[i] >> shift & mask]++;
-  int64_t at = 0;
-  for (int64_t b = 0; b < buckets; b++) {
-    int64_t c = count[b];
-    count[b] = at;
-    at += c;
-  }
-  for (int64_t i = 0; i < n; i++) {
-    int64_t j = in ? in[i] : i;
-    out[count[key[j] >> shift & mask]++] = j;
-  }
-}
-
-enum { RADIX_BITS = 11 };
-
-static int64_t sort_buckets(int64_t n, int64_t range) {
-  int64_t size = 1;
-  while (size < range) size *= 2;
-  return size <= MOE_MAX(4 * n, 1 << RADIX_BITS) ? size : 1 << RADIX_BITS;
-}
-
-static void stable_sort(int64_t *out, int64_t *spare, const int64_t *in, const int64_t *key, int64_t n,
-                        int64_t range, int64_t *count) {
-  int64_t buckets = sort_buckets(n, range);
-  int bits = 0, passes = 0;
-  while ((int64_t)1 << bits < buckets) bits++;
-  if (bits == 0) bits = 1;
-  for (int64_t r = range - 1; passes == 0 || r > 0; r >>= bits) passes++;
-  for (int p = 0; p < passes; p++) {
-    int64_t *to = (passes - p) % 2 ? out : spare; /* the last pass ends in out */
-    sort_pass(to, in, key, n, p * bits, buckets - 1, count, buckets);
-    in = to;
-  }
-}
-
 moe_status MOE_CPU(route_sort)(moe_plan *p, const int64_t *token, const int64_t *expert, const int64_t *source,
                                bool ordered) {
-  int64_t n = p->rows, buckets = MOE_MAX(sort_buckets(n, p->experts), sort_buckets(n, p->tokens));
+  int64_t n = p->rows, buckets = MOE_MAX(moe_radix_buckets(n, p->experts), moe_radix_buckets(n, p->tokens));
   int64_t bytes = (3 * n + buckets) * (int64_t)sizeof(int64_t);
   int64_t *room = moe_scratch(SCRATCH, bytes);
   if (room == NULL) return moe_fail(MOE_ENOMEM, "out of memory for the lists of a routing");
   int64_t *first = room, *perm = room + n, *spare = room + 2 * n, *count = room + 3 * n;
   const int64_t *by_token = NULL; /* entries in order of token */
   if (!ordered) {
-    stable_sort(first, spare, NULL, token, n, p->tokens, count);
+    moe_radix_sort(first, spare, NULL, token, n, p->tokens, count);
     by_token = first;
   }
   /* a position within the order of tokens, for each row */
-  stable_sort(perm, spare, by_token, expert, n, p->experts, count);
+  moe_radix_sort(perm, spare, by_token, expert, n, p->experts, count);
   p->groups = 0;
   for (int64_t r = 0; r < n; r++) {
     int64_t i = perm[r];

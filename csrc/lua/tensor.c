@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "autograd/rows.h"
 #include "lua/lmoe.h"
 #include "tensor/print.h"
 
@@ -176,9 +177,38 @@ static int field_device(lua_State *L, moe_tensor *t) {
   return 1;
 }
 
+/* A row-sparse gradient reads as a dense copy; grad_rows and grad_values are what it is made of. */
 static int field_grad(lua_State *L, moe_tensor *t) {
-  moeL_pushtensor(L, t->grad);
-  return 1;
+  if (!moe_is_rows(t->grad)) {
+    moeL_pushtensor(L, t->grad);
+    return 1;
+  }
+  moeL_box(L);
+  moeL_frame f;
+  moeL_enter(L, &f);
+  moe_tensor *g = moe_grad_dense(t);
+  moeL_fill(L, -1, g);
+  return moeL_leave(L, &f, g ? MOE_OK : moe_error_code(), 1);
+}
+
+static int field_grad_rows(lua_State *L, moe_tensor *t) {
+  if (!moe_is_rows(t->grad)) return 0;
+  moeL_box(L);
+  moeL_frame f;
+  moeL_enter(L, &f);
+  moe_tensor *rows = MOE_CALL(add, T(t->grad->rows), I(1)); /* a copy: what the optimizers read stays in range */
+  moeL_fill(L, -1, rows);
+  return moeL_leave(L, &f, rows ? MOE_OK : moe_error_code(), 1);
+}
+
+static int field_grad_values(lua_State *L, moe_tensor *t) {
+  if (!moe_is_rows(t->grad)) return 0;
+  moeL_box(L);
+  moeL_frame f;
+  moeL_enter(L, &f);
+  moe_tensor *values = moe_detach(t->grad);
+  moeL_fill(L, -1, values);
+  return moeL_leave(L, &f, values ? MOE_OK : moe_error_code(), 1);
 }
 
 static int field_requires_grad(lua_State *L, moe_tensor *t) {
@@ -207,7 +237,8 @@ static const struct {
   const char *name;
   int (*get)(lua_State *L, moe_tensor *t);
 } fields[] = {{"shape", field_shape}, {"dtype", field_dtype}, {"device", field_device},   {"grad", field_grad},
-              {"requires_grad", field_requires_grad}, {"ndim", field_ndim}, {"is_leaf", field_is_leaf}, {"grad_fn", field_grad_fn}};
+              {"requires_grad", field_requires_grad}, {"ndim", field_ndim}, {"is_leaf", field_is_leaf}, {"grad_fn", field_grad_fn},
+              {"grad_rows", field_grad_rows}, {"grad_values", field_grad_values}};
 enum { FIELDS = sizeof fields / sizeof *fields };
 
 /* Upvalues: context, methods. Methods first: they are asked for most. */

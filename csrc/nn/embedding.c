@@ -12,9 +12,10 @@ moe_status moe_nn_init_embedding(moe_module *m) {
 }
 
 moe_status moe_nn_forward_embedding(moe_module *m, moe_module_call *c) {
-  const moe_value args[] = {T(m->slot[0].t), T(c->arg[0].t), *moe_module_opt(m, "padding_idx")};
+  const moe_value args[] = {T(m->slot[0].t), T(c->arg[0].t), *moe_module_opt(m, "padding_idx"),
+                            I(moe_module_flag(m, "sparse"))};
   int n = 1;
-  return moe_call(&moe_ops[MOE_OP_embedding], c->base, false, args, 3, c->out, &n);
+  return moe_call(&moe_ops[MOE_OP_embedding], c->base, false, args, 4, c->out, &n);
 }
 
 moe_status moe_nn_init_dropout(moe_module *m) {

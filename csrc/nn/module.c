@@ -237,6 +237,7 @@ moe_status moe_leaf_to(moe_tensor *t, int dtype, moe_device *dev) {
   moe_scope s = moe_scope_open();
   moe_status st = convert_in_place(t, want, dev);
   if (st == MOE_OK && t->grad != NULL) st = convert_in_place(t->grad, want, dev);
+  if (st == MOE_OK && t->grad != NULL && t->grad->rows != NULL) st = convert_in_place(t->grad->rows, MOE_i64, dev);
   moe_scope_close(s);
   return st;
 }

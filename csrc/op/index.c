@@ -4,6 +4,7 @@
 ** embedding), x is [outer, n, inner] about it and whole rows move. Where every element has a position of its own
 ** (gather, scatter), the index has x's rank. Positions count from c->base and are checked in the kernel.
 */
+#include "autograd/rows.h"
 #include "op/arg.h"
 
 /* --- shared --- */
@@ -200,12 +201,13 @@ moe_status moe_fwd_embedding(moe_ctx *c) {
 moe_status moe_bwd_embedding(moe_ctx *c) {
   const moe_meta *in = &c->in[0];
   int64_t k = 1, padding;
+  MOE_TRY(padding_row(c, in->shape[0], &padding));
+  if (c->arg[3].i && moe_rows_wanted()) return moe_give_rows(c, 0, c->saved[0], c->gout[0], NULL, padding);
   for (int d = 0; d < c->in[1].ndim; d++) k *= c->in[1].shape[d];
   moe_tensor *index = MOE_CALL(reshape, T(c->saved[0]), INTS(&k, 1));
   moe_tensor *g = MOE_CALL(reshape, T(c->gout[0]), INTS(((const int64_t[]){k, in->shape[1]}), 2));
   if (g == NULL) return moe_error_code();
   g = CALL_OVER(c->base, index_add, T(zeros_of(in, g->dtype)), I(0), T(index), T(g));
-  MOE_TRY(padding_row(c, in->shape[0], &padding));
   if (padding >= 0) {
     moe_tensor *row = moe_full(0, NULL, MOE_i64, in->device, (double)padding);
     g = MOE_CALL(index_fill, T(g), I(0), T(row), F(0));

@@ -116,6 +116,7 @@ moe_tensor *moe_retain(moe_tensor *t) {
 void moe_release(moe_tensor *t) {
   if (t == NULL || --t->refs > 0) return;
   if (t->grad) moe_release(t->grad);
+  if (t->rows) moe_release(t->rows);
   while (t->hooks) {
     moe_hook *h = t->hooks;
     t->hooks = h->next;

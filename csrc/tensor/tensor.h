@@ -42,6 +42,7 @@ struct moe_tensor {
   moe_storage *storage;
   int64_t offset; /* elements */
   moe_tensor *grad;       /* leaves only */
+  moe_tensor *rows;       /* of a row-sparse gradient: autograd/rows.h */
   struct moe_node *node;  /* the call that made it, or NULL */
   int node_out;           /* which result of that call */
   struct moe_hook *hooks; /* autograd/graph.h */

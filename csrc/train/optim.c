@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "autograd/rows.h"
 #include "nn/module.h"
 
 /* --- the rows --- */
@@ -202,7 +203,7 @@ static moe_status prepare(const moe_optim *o, moe_optim_param *p, job *j) {
   moe_dtype dt = state_type(t);
   const double *value = o->group[p->group].value;
   *j = (job){.p = p};
-  if (!moe_same_shape(t->grad, t) || moe_dev(t->grad) != moe_dev(t)) {
+  if ((!moe_is_rows(t->grad) && !moe_same_shape(t->grad, t)) || moe_dev(t->grad) != moe_dev(t)) {
     char a[MOE_SHAPE_TEXT], b[MOE_SHAPE_TEXT];
     return moe_fail(MOE_EINVAL, "%s: parameter \"%.80s\" is %s on %s, its gradient %s on %s", o->cls->name, p->name,
                     moe_shape_of(a, t), moe_dev(t)->name, moe_shape_of(b, t->grad), moe_dev(t->grad)->name);
@@ -256,7 +257,8 @@ static void fill_hyper(const moe_optim *o, const moe_optim_param *p, double grad
 typedef struct lists {
   void **p, **state;
   const void **g;
-  int64_t *n;
+  const int64_t **rows;
+  int64_t *n, *width;
   double *hyper;
 } lists;
 
@@ -272,15 +274,18 @@ static moe_status run_alike(const moe_optim *o, job *jobs, int64_t *njobs, doubl
       continue;
     }
     l->p[count] = moe_data(j->work);
+    const moe_tensor *grad = j->p->t->grad;
     l->g[count] = moe_data(j->g);
-    l->n[count] = moe_numel(j->work);
+    l->n[count] = moe_numel(j->g);
+    l->rows[count] = moe_is_rows(grad) ? moe_data_i64(grad->rows) : NULL;
+    l->width[count] = moe_is_rows(grad) && l->n[count] > 0 ? l->n[count] / grad->shape[0] : 0;
     for (int k = 0; k < MOE_OPTIM_STATES; k++)
       l->state[count * MOE_OPTIM_STATES + k] = j->p->state[k] ? moe_data(j->p->state[k]) : NULL;
     fill_hyper(o, j->p, grad_scale, &l->hyper[count * MOE_OPTIM_HYPER]);
     count++;
   }
   *njobs = left;
-  return kernel(l->p, l->state, l->g, l->n, count, l->hyper, dt);
+  return kernel(l->p, l->state, l->g, l->n, l->rows, l->width, count, l->hyper, dt);
 }
 
 /* After the kernel: the rounded or strided parameter follows its work copy. */
@@ -288,14 +293,14 @@ static moe_status finish(job *j) {
   moe_optim_param *p = j->p;
   p->steps++;
   if (j->work == p->t) moe_touch(p->t);
-  else MOE_TRY(moe_copy(p->t, j->work));
+  else MOE_TRY(moe_copy(p->t, j->work)); /* all of it, whatever rows were touched */
   p->seen = p->t->storage->version;
   return MOE_OK;
 }
 
 moe_status moe_optim_step(moe_optim *o, double grad_scale) {
   int64_t most = o->nparams, n = 0;
-  size_t each = 2 * sizeof(job) + (2 + MOE_OPTIM_STATES) * sizeof(void *) + sizeof(int64_t) + MOE_OPTIM_HYPER * sizeof(double);
+  size_t each = 2 * sizeof(job) + (3 + MOE_OPTIM_STATES) * sizeof(void *) + 2 * sizeof(int64_t) + MOE_OPTIM_HYPER * sizeof(double);
   job *jobs = malloc((size_t)most * each + 1);
   if (jobs == NULL) return moe_fail(MOE_ENOMEM, "%s: out of memory", o->cls->name);
   job *todo = jobs + most;
@@ -303,8 +308,10 @@ moe_status moe_optim_step(moe_optim *o, double grad_scale) {
   l.p = (void **)(todo + most);
   l.state = l.p + most;
   l.g = (const void **)(void *)(l.state + most * MOE_OPTIM_STATES);
-  l.n = (int64_t *)(l.g + most);
-  l.hyper = (double *)(l.n + most);
+  l.rows = (const int64_t **)(void *)(l.g + most);
+  l.n = (int64_t *)(l.rows + most);
+  l.width = l.n + most;
+  l.hyper = (double *)(l.width + most);
   moe_scope s = moe_scope_open();
   moe_status st = MOE_OK;
   for (int64_t i = 0; i < most && st == MOE_OK; i++) {

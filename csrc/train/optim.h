@@ -2,6 +2,9 @@
 **
 ** State is f32 (f64 for f64 parameters) on the parameter's device, made when a parameter is first stepped. Parameters in
 ** bf16 and f16 keep an f32 master copy, from which they are rounded after each step.
+**
+** A row-sparse gradient (autograd/rows.h) updates its rows alone, as PyTorch's SparseAdam does: the other rows' weights and states
+** stay as they are, without decay. The step number, and with it the bias correction, is the parameter's.
 */
 #ifndef MOE_TRAIN_OPTIM_H
 #define MOE_TRAIN_OPTIM_H
@@ -18,10 +21,12 @@ typedef struct moe_optim_option {
   double min, max; /* min <= value < max */
 } moe_optim_option;
 
-/* What a kernel of an optimizer gets: `count` tensors of one type (f32 or f64) on one device, contiguous.
+/* What a kernel of an optimizer gets: `count` gradients of one type (f32 or f64) on one device, contiguous, of n[i] elements, and
+** what they update: as many elements, or the rows that rows[i] lists, of width[i] each (tensor/kernels.def).
 ** state [count][MOE_OPTIM_STATES], hyper [count][MOE_OPTIM_HYPER]; hyper[0] scales the gradient. */
 typedef moe_status moe_optim_kernel(void *const *p, void *const *state, const void *const *g, const int64_t *n,
-                                    int64_t count, const double *hyper, moe_dtype dt);
+                                    const int64_t *const *rows, const int64_t *width, int64_t count, const double *hyper,
+                                    moe_dtype dt);
 
 typedef struct moe_optim_class {
   const char *name;
