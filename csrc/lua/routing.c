@@ -141,6 +141,31 @@ static int routing_limit(lua_State *L) {
   return moeL_leave(L, &f, box->r ? MOE_OK : moe_error_code(), 1);
 }
 
+/* routing:pick{e, ...}: the assignments of those experts alone, as experts 1, 2, ... */
+static int routing_pick(lua_State *L) {
+  moe_routing *r = check_routing(L, 1, "routing:pick");
+  if (lua_type(L, 2) != LUA_TTABLE) return moeL_argerror(L, "routing:pick", 2, "experts", "a list of expert numbers");
+  lua_settop(L, 2);
+  lua_Integer n = (lua_Integer)lua_rawlen(L, 2);
+  int64_t *pick = lua_newuserdatauv(L, (size_t)(n + 1) * sizeof *pick, 0);
+  for (lua_Integer i = 1; i <= n; i++) {
+    if (lua_rawgeti(L, 2, i) != LUA_TNUMBER || !lua_isinteger(L, -1))
+      return luaL_error(L, "routing:pick: the list must hold expert numbers, got a %s at position %I", luaL_typename(L, -1),
+                        (LUAI_UACINT)i);
+    pick[i - 1] = (int64_t)lua_tointeger(L, -1) - 1;
+    lua_pop(L, 1);
+  }
+  moeL_routing *box = push_empty(L);
+  lua_getiuservalue(L, 1, 1);
+  lua_getfield(L, -1, "gate");
+  lua_setfield(L, -3, "gate"); /* whence its weights come */
+  lua_pop(L, 2);
+  moeL_frame f;
+  moeL_enter(L, &f);
+  box->r = moe_routing_pick(r, pick, n);
+  return moeL_leave(L, &f, box->r ? MOE_OK : moe_error_code(), 1);
+}
+
 /* --- operations --- */
 
 /* Pushes the routing's weight tensor, so that results inherit the closures that hang on it. */
@@ -399,7 +424,8 @@ void moeL_open_routing(lua_State *L) {
   static const luaL_Reg methods[] = {
       {"limit", routing_limit},           {"gather", routing_gather}, {"combine", routing_combine},
       {"linear", routing_linear},         {"load", routing_load},     {"demand", routing_demand},
-      {"importance", routing_importance}, {"close", routing_close},   {NULL, NULL}};
+      {"importance", routing_importance}, {"close", routing_close},   {"pick", routing_pick},
+      {NULL, NULL}};
   static const luaL_Reg functions[] = {
       {"topk", sparse_topk}, {"dense", sparse_dense}, {"experts", sparse_experts},
       {"soft", sparse_soft}, {"ffn", sparse_ffn},     {"is_routing", sparse_is_routing},

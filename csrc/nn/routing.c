@@ -296,6 +296,64 @@ moe_routing *moe_routing_limit(const moe_routing *r, int64_t capacity, moe_drop 
   return NULL;
 }
 
+/* --- some of the experts --- */
+
+/* number [experts]: what an expert is called in `out`, or -1 */
+static moe_status pick_rows(moe_routing *out, const moe_routing *r, const int64_t *number, int64_t *host) {
+  moe_plan p = moe_routing_plan(r);
+  int64_t *token = host, *source = host + p.rows, *expert = host + 2 * p.rows, at = 0;
+  moe_tensor *experts = moe_routing_expert(r, 0);
+  if (experts == NULL) return moe_error_code();
+  MOE_TRY(moe_read(experts, expert, MOE_i64));
+  MOE_TRY(moe_read(r->plan[MOE_PLAN_TOKEN], token, MOE_i64));
+  MOE_TRY(moe_read(r->plan[MOE_PLAN_SOURCE], source, MOE_i64));
+  for (int64_t i = 0; i < p.rows; i++) {
+    int64_t e = number[expert[i]];
+    if (e < 0) continue;
+    token[at] = token[i];
+    source[at] = source[i];
+    expert[at++] = e;
+  }
+  entries e = {.rows = at};
+  if (!entries_room(&e, at, moe_dev(experts))) return moe_error_code();
+  MOE_TRY(moe_write(e.token, token, MOE_i64));
+  MOE_TRY(moe_write(e.source, source, MOE_i64));
+  MOE_TRY(moe_write(e.expert, expert, MOE_i64));
+  return plan_make(out, &e, p.tokens, false);
+}
+
+moe_routing *moe_routing_pick(const moe_routing *r, const int64_t *pick, int64_t n) {
+  moe_plan p = moe_routing_plan(r);
+  if (n < 1) {
+    moe_fail(MOE_EINVAL, "routing:pick: the list names no expert");
+    return NULL;
+  }
+  moe_routing *out = routing_new(p.tokens, n);
+  int64_t *number = malloc((size_t)(r->experts + 3 * p.rows) * sizeof *number);
+  moe_status st = out && number ? MOE_OK : moe_fail(MOE_ENOMEM, "out of memory for a routing");
+  for (int64_t e = 0; st == MOE_OK && e < r->experts; e++) number[e] = -1;
+  for (int64_t i = 0; st == MOE_OK && i < n; i++) {
+    if (pick[i] < 0 || pick[i] >= r->experts)
+      st = moe_fail(MOE_EINVAL, "routing:pick: expert %lld at position %lld is none of the %lld", (long long)pick[i] + 1,
+                    (long long)i + 1, (long long)r->experts);
+    else if (number[pick[i]] >= 0)
+      st = moe_fail(MOE_EINVAL, "routing:pick: expert %lld is named twice", (long long)pick[i] + 1);
+    else
+      number[pick[i]] = i;
+  }
+  moe_scope s = moe_scope_open();
+  if (st == MOE_OK) {
+    out->weight = moe_retain(r->weight);
+    out->mask = r->dispatch ? NULL : moe_retain(r->mask);
+    st = pick_rows(out, r, number, number + r->experts);
+  }
+  moe_scope_close(s);
+  free(number);
+  if (st == MOE_OK) return out;
+  moe_routing_free(out);
+  return NULL;
+}
+
 /* --- reading --- */
 
 moe_tensor *moe_routing_load(const moe_routing *r) {

@@ -35,6 +35,10 @@ moe_routing *moe_routing_soft(moe_tensor *dispatch, moe_tensor *combine);
 /* The same with at most `capacity` assignments an expert. priority: floats [rows] for MOE_DROP_PRIORITY, else NULL. */
 moe_routing *moe_routing_limit(const moe_routing *r, int64_t capacity, moe_drop policy, moe_tensor *priority);
 
+/* The assignments of some experts alone, over the same tokens (or slots) and weights: expert pick[i] of r, from 0, is
+** expert i of the result. */
+moe_routing *moe_routing_pick(const moe_routing *r, const int64_t *pick, int64_t n);
+
 moe_routing *moe_routing_retain(moe_routing *r);
 void moe_routing_free(moe_routing *r); /* one reference less */
 

@@ -54,6 +54,7 @@ return {
   ["moe.Routing:demand"] = { "r:demand()", "tokens that chose each expert, those dropped included: [num_experts], i64" },
   ["moe.Routing:importance"] = { "r:importance()", "sum of the weights of each expert: [num_experts]" },
   ["moe.Routing:limit"] = { "r:limit(capacity, \"probs\" | \"position\")", "the routing with at most so many tokens an expert; the least probable, or the last ones, are dropped" },
+  ["moe.Routing:pick"] = { "r:pick{e, ...}", "the assignments of those experts alone, over the same tokens and weights; they are experts 1, 2, ... of the result. Of a soft routing: over its slots" },
   ["moe.Routing:gather"] = { "r:gather(x)", "rows of x [T, d] for the assignments, sorted by expert: [A, d]" },
   ["moe.Routing:combine"] = { "r:combine(y [, weighted = true])", "rows y [A, d] of the assignments added up at their tokens, times their weights: [T, d]" },
   ["moe.Routing:linear"] = { "r:linear(x, w [, b])", "each row of x [A, k] times its expert's matrix w [E, n, k], plus b [E, n]" },

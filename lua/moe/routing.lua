@@ -153,6 +153,34 @@ function methods.dead(routing)
   return #which, which
 end
 
+-- What experts see: tokens, or the slots of a soft routing.
+local function rows_of(routing) return routing.dispatch and routing.num_assignments or routing.num_tokens end
+
+--- The weights as a matrix [T, E], differentiable, 0 where an expert does not work on a token. Of a soft routing: [slots, E].
+function methods.gates(routing)
+  local T, E, w = rows_of(routing), routing.num_experts, routing.weight
+  local at = (routing.token - 1) * E + routing.expert
+  return core.zeros({ T * E }, { dtype = w.dtype, device = w.device }):index_add(1, at, w):reshape { T, E }
+end
+
+--- The sum of each token's weights: [T], differentiable.
+function methods.total(routing)
+  local w = routing.weight
+  return core.zeros({ rows_of(routing) }, { dtype = w.dtype, device = w.device }):index_add(1, routing.token, w)
+end
+
+--- What a token's experts have, mixed by their weights: v [E, n] -> [T, n], row t being the sum over its experts e of w_te v_e.
+function methods.mix(routing, v)
+  local s = core.is_tensor(v) and v.shape
+  if not s or #s ~= 2 or s[1] ~= routing.num_experts then
+    error(("routing:mix: argument 1 must be a tensor [%d, n], a row an expert, got %s"):format(routing.num_experts,
+      s and "[" .. table.concat(s, ", ") .. "]" or "a " .. type(v)), 2)
+  end
+  -- one product over all experts is cheaper than lines of v for every assignment unless these are few
+  if routing.num_assignments * 16 >= rows_of(routing) * routing.num_experts then return routing:gates():to(v.dtype):matmul(v) end
+  return routing:combine(v:index_select(1, routing.expert))
+end
+
 --- Attaches an auxiliary loss under a name; a second one of that name is added to the first.
 function methods.add_aux(routing, name, value)
   if type(value) ~= "number" and not core.is_tensor(value) then

@@ -87,7 +87,8 @@ function Bank:extra()
   else
     parts[1] = ("intermediate_size=%d, unbound"):format(self.intermediate_size)
   end
-  if self._options.act then parts[2] = "act=" .. self._options.act end
+  local act = self._options.act
+  if act then parts[2] = "act=" .. (type(act) == "string" and act or type(act) == "function" and "function" or "module") end
   return table.concat(parts, ", ")
 end
 

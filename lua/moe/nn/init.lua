@@ -12,8 +12,12 @@ local nn = {
   init = require "moe.nn.initializers",
 }
 
-for _, part in ipairs { require "moe.nn.containers", require "moe.nn.activations", core._module.make.nn or {} } do
+for _, part in ipairs { require "moe.nn.containers", require "moe.nn.activations", require "moe.nn.poly", core._module.make.nn or {} } do
   for name, value in pairs(part) do nn[name] = value end
 end
 
-return nn
+-- Routings used elsewhere than in feed-forward networks: loaded when named, for they are built on moe.layer.
+return require "moe.lazy"(nn, {
+  mixture_of_depths = "moe.sparse.depths", mixture_of_blocks = "moe.sparse.blocks", sliced_linear = "moe.sparse.sliced",
+  by_modality = "moe.sparse.modality:by_modality", modality_block = "moe.sparse.modality:modality_block",
+})
