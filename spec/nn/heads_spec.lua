@@ -13,7 +13,7 @@ end
 
 local function pair(o)
   moe.manual_seed(5)
-  local plain = moe.mixer.attention { d_model = 12, num_heads = 4, num_kv_heads = o.num_kv_heads, bias = false, rope = o.rope, causal = o.causal }
+  local plain = moe.mixer.attention { d_model = 12, num_heads = 4, num_kv_heads = o.num_kv_heads, bias = false, causal = o.causal }
   plain:to "f64"
   o.d_model, o.num_heads, o.dtype, o.router = 12, 4, "f64", o.router or all_on
   return plain, moe.mixer.mixture_of_heads(o):copy_from(plain)
@@ -120,7 +120,9 @@ describe("mixture of heads", function()
 
   it("passes the gradient check", function()
     moe.manual_seed(6)
-    local m = moe.mixer.mixture_of_heads { d_model = 4, num_heads = 4, head_dim = 2, num_kv_heads = 2, num_shared = 1, top_k = 2, dtype = "f64", rope = true }
+    local m = moe.mixer.mixture_of_heads {
+      d_model = 4, num_heads = 4, head_dim = 2, num_kv_heads = 2, num_shared = 1, top_k = 2, dtype = "f64", rope = true,
+    }
     local x = rand(2, 3, 4)
     x.requires_grad = true
     local parameters = m:parameters()
@@ -148,7 +150,8 @@ describe("mixture of attention heads", function()
     moe.manual_seed(8)
     local plain = moe.mixer.attention { d_model = 6, num_heads = 1, head_dim = 4, bias = false }
     plain:to "f64"
-    local moa = moe.mixer.mixture_of_attention { d_model = 6, num_experts = 1, head_dim = 4, router = all_on, dtype = "f64" }:copy_from(plain)
+    local moa = moe.mixer.mixture_of_attention { d_model = 6, num_experts = 1, head_dim = 4, router = all_on, dtype = "f64" }
+    moa:copy_from(plain)
     local x = rand(2, 5, 6)
     assert.close(plain(x), (moa(x)), EXACT)
   end)
@@ -156,7 +159,9 @@ describe("mixture of attention heads", function()
   for _, kind in ipairs { "softmax", "stick_breaking" } do
     it("is each expert's heads over shared keys, weighed: " .. kind, function()
       moe.manual_seed(9)
-      local m = moe.mixer.mixture_of_attention { d_model = 6, num_experts = 5, top_k = 2, heads_per_expert = 2, head_dim = 3, dtype = "f64", attention = kind }
+      local m = moe.mixer.mixture_of_attention {
+        d_model = 6, num_experts = 5, top_k = 2, heads_per_expert = 2, head_dim = 3, dtype = "f64", attention = kind,
+      }
       local x = rand(2, 4, 6)
       local y, _, routing = m(x)
       local k, v = m.kv_proj(x):reshape { 2, 4, 2, 2, 3 }:permute { 3, 1, 4, 2, 5 }:unbind(1)
@@ -176,11 +181,13 @@ describe("mixture of attention heads", function()
 
   it("takes any router of the library, and passes the gradient check", function()
     moe.manual_seed(10)
-    local m = moe.mixer.mixture_of_attention { d_model = 4, num_experts = 3, heads_per_expert = 2, head_dim = 2, dtype = "f64", attention = "stick_breaking",
+    local m = moe.mixer.mixture_of_attention {
+      d_model = 4, num_experts = 3, heads_per_expert = 2, head_dim = 2, dtype = "f64", attention = "stick_breaking",
       router = function(x, ctx) -- each expert chooses tokens, some none: an uneven load
         local index = i64 { { 5, 1, 2 }, { 0, 3, 0 }, { 0, 0, 0 } }
         return moe.routing.experts(index, x:sum(-1):narrow(1, 1, 3):reshape { 1, 3 }:expand { 3, 3 }:contiguous(), x:size(1)), ctx
-      end }
+      end,
+    }
     local x = rand(2, 3, 4)
     x.requires_grad = true
     assert(moe.gradcheck(function(input) return (m(input)):sin():sum() end, { x, m.experts.q_proj, m.experts.o_proj, m.kv_proj.weight }))

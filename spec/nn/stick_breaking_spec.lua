@@ -98,7 +98,8 @@ describe("moe.stick_breaking", function()
       local message = helper.error_of(moe.stick_breaking, ...)
       assert.truthy(message:find(want, 1, true), message)
     end
-    says("stick_breaking: q must be a tensor [batch, heads, positions, size], got [2, 3]", moe.randn(2, 3), rand(1, 1, 1, 1), rand(1, 1, 1, 1))
+    says("stick_breaking: q must be a tensor [batch, heads, positions, size], got [2, 3]",
+      moe.randn(2, 3), rand(1, 1, 1, 1), rand(1, 1, 1, 1))
     says("do not fit", rand(1, 3, 2, 4), rand(1, 2, 2, 4), rand(1, 2, 2, 4))
     says("did you mean 'scale'", rand(1, 1, 2, 4), rand(1, 1, 2, 4), rand(1, 1, 2, 4), { scal = 1 })
     says("seen must be i64 [1, 1, 2], got i64 [2]", rand(1, 1, 2, 4), rand(1, 1, 2, 4), rand(1, 1, 2, 4),

@@ -5,6 +5,7 @@ local core = moe.core
 local nn = moe.nn
 local base = require "moe.experts.base"
 local options = require "moe.nn.options"
+local chosen_of = require "moe.sparse.chosen"
 local stick_breaking = require("moe.sparse.stick_breaking").attention
 
 local M = {}
@@ -61,7 +62,8 @@ function Bank:forward(x, routing, ctx)
   local mask = keys.mask
   if mask then -- [B, T, S] rows follow their queries
     local S = mask:size(3)
-    local rows = core.zeros({ B * E * most, S }, { dtype = mask.dtype }):index_copy(1, slot, mask:reshape { B * T, S }:index_select(1, token + 1))
+    local rows = mask:reshape { B * T, S }:index_select(1, token + 1)
+    rows = core.zeros({ B * E * most, S }, { dtype = mask.dtype }):index_copy(1, slot, rows)
     mask = rows:reshape { B, 1, E, most, S }:expand { B, n, E, most, S }:reshape { B, n * E, most, S }
   end
   local y = KIND[o.attention](by_head(q), keys.k, keys.v, { seen = seen, mask = mask })
@@ -119,20 +121,6 @@ function Mixer:setup(name, o)
   if o.dtype or o.device then self.kv_proj:to(o.dtype or o.device) end
 end
 
--- bool [1, T, T]: positions of the same of the sequences packed one after another.
-local function packed_mask(name, lengths, B, T)
-  local at, number, position = lengths:totable(), {}, {}
-  if B ~= 1 or at[1] ~= 0 or at[#at] ~= T then
-    error(("%s: cu_seqlens must rise from 0 to the %d positions of a batch of 1"):format(name, T), 0)
-  end
-  for s = 2, #at do
-    for i = at[s - 1] + 1, at[s] do number[i], position[i] = s, i - at[s - 1] - 1 end
-  end
-  if #number ~= T then error(("%s: cu_seqlens must not fall"):format(name), 0) end
-  number = core.tensor(number, { dtype = "i64" })
-  return number:reshape { 1, T, 1 }:eq(number:reshape { 1, 1, T }), core.tensor(position, { dtype = "i64" })
-end
-
 -- The caller's mask as [B, T, S], alike for all heads.
 local function given_mask(name, mask, B, T, S)
   local shape = mask.shape
@@ -157,7 +145,7 @@ function Mixer:forward(x, state, ctx)
   ctx = ctx or {}
   if ctx.cu_seqlens then
     if state then error(name .. ": packed sequences start anew: there can be no state with cu_seqlens", 2) end
-    keys.mask, keys.position = packed_mask(name, ctx.cu_seqlens, B, T)
+    keys.mask, keys.position = chosen_of.packed_mask(name, ctx.cu_seqlens, B, T)
   end
   if o.rope then k = k:rope(keys.position, { offset = past, base = o.rope_base }) end
   local after
@@ -197,16 +185,15 @@ function Mixer:copy_from(attention)
   return self
 end
 
---- Mixture of heads: every token works with some of an attention's heads, y_t = sum over its heads of g_i H_i(x)_t W_o^i. Keys and
--- values are made of all tokens for all heads; queries, scores and output projections of the chosen ones alone. Heads 1 .. num_shared
--- always work, of the rest top_k by moe.router.two_stage (or a router of one's own over num_heads experts). With every head
--- chosen and weights of 1 it is plain attention.
--- y [, state, routing] = m(x [batch, time, d_model] [, state, ctx]); state k, v [batch, num_kv_heads, time, head_dim]. A
--- moe.layer: its methods, balance losses, capacity and statistics, and ctx.mask, attn_mask, cu_seqlens. copy_from(attention).
--- Options: d_model, num_heads, top_k (num_heads // 2), num_shared (0), num_kv_heads (num_heads), head_dim (d_model / num_heads), causal
--- (true), rope, rope_base, attention ("softmax", "stick_breaking"), init, and those of moe.layer.
--- Parameters router.*, experts.q_proj [H, D, d], experts.o_proj [H, d, D], kv_proj.weight [2 kv D, d].
--- Jin et al. 2024 (arXiv 2410.11842, eq. 2-6).
+--- Mixture of heads: every token works with some of an attention's heads, y_t = sum over its heads of g_i H_i(x)_t W_o^i. Keys
+-- and values are made of all tokens for all heads; queries, scores and output projections of the chosen ones alone. Heads 1 ..
+-- num_shared always work, of the rest top_k by moe.router.two_stage (or a router of one's own over num_heads experts). With
+-- every head chosen and weights of 1 it is plain attention. y [, state, routing] = m(x [batch, time, d_model] [, state, ctx]);
+-- state k, v [batch, num_kv_heads, time, head_dim]. A moe.layer: its methods, balance losses, capacity and statistics, and
+-- ctx.mask, attn_mask, cu_seqlens. copy_from(attention). Options: d_model, num_heads, top_k (num_heads // 2), num_shared (0),
+-- num_kv_heads (num_heads), head_dim (d_model / num_heads), causal (true), rope, rope_base, attention ("softmax",
+-- "stick_breaking"), init, and those of moe.layer. Parameters router.*, experts.q_proj [H, D, d], experts.o_proj [H, d, D],
+-- kv_proj.weight [2 kv D, d]. Jin et al. 2024 (arXiv 2410.11842, eq. 2-6).
 local MoH = nn.module("mixture_of_heads", Mixer)
 local MOH <const> = rows_with { num_heads = { "integer", options.required }, num_shared = { "integer" } }
 
@@ -228,13 +215,12 @@ end
 
 M.mixture_of_heads = MoH
 
---- Mixture of attention heads: each expert has queries and an output projection of its own (for `heads_per_expert` heads), keys and values
--- are shared by all: y_t = sum over a token's experts of g_i softmax(x_t W_q^i K^T / sqrt(D)) V W_o^i. Call, state and the
--- methods of moe.layer as in mixture_of_heads.
--- Options: d_model, num_experts, top_k (2), heads_per_expert (1), num_kv_heads (heads_per_expert), head_dim (d_model / (top_k
--- heads_per_expert)), router (topk), causal, rope, rope_base, attention ("softmax", "stick_breaking"), init, those of moe.layer.
--- Parameters router.*, experts.q_proj [E, n D, d], experts.o_proj [E, d, n D], kv_proj.weight [2 kv D, d].
--- Zhang et al. 2022 (arXiv 2210.05144, eq. 4-6).
+--- Mixture of attention heads: each expert has queries and an output projection of its own (for `heads_per_expert` heads), keys
+-- and values are shared by all: y_t = sum over a token's experts of g_i softmax(x_t W_q^i K^T / sqrt(D)) V W_o^i. Call, state
+-- and the methods of moe.layer as in mixture_of_heads. Options: d_model, num_experts, top_k (2), heads_per_expert (1),
+-- num_kv_heads (heads_per_expert), head_dim (d_model / (top_k heads_per_expert)), router (topk), causal, rope, rope_base,
+-- attention ("softmax", "stick_breaking"), init, those of moe.layer. Parameters router.*, experts.q_proj [E, n D, d],
+-- experts.o_proj [E, d, n D], kv_proj.weight [2 kv D, d]. Zhang et al. 2022 (arXiv 2210.05144, eq. 4-6).
 local MoA = nn.module("mixture_of_attention", Mixer)
 local MOA <const> = rows_with { num_experts = { "integer", options.required }, heads_per_expert = { "integer", 1 } }
 
@@ -288,7 +274,7 @@ function Stick:forward(x, state, ctx)
   local q, k, v = heads:split({ o.num_heads, o.num_kv_heads, o.num_kv_heads }, 2)
   if state then k, v = core.cat({ state.k, k }, 3), core.cat({ state.v, v }, 3) end
   local mask = ctx and ctx.attn_mask
-  if ctx and ctx.cu_seqlens then mask = packed_mask("stick_breaking", ctx.cu_seqlens, B, T) end
+  if ctx and ctx.cu_seqlens then mask = chosen_of.packed_mask("stick_breaking", ctx.cu_seqlens, B, T) end
   local y = stick_breaking(q, k, v, { diagonal = o.diagonal, mask = mask })
   y = self.o_proj(y:transpose(2, 3):reshape { B, T, o.num_heads * o.head_dim })
   if state then return y, { k = k, v = v } end

@@ -21,13 +21,13 @@ local function check(q, k, v)
   end
 end
 
---- Stick-breaking attention: y_i = sum_j p_ij v_j, p_ij = b_ij prod_{j < k < i} (1 - b_ik), b_ij = sigmoid(scale q_i . k_j): the newest
--- key that wants a query takes its share of what is left, so that order needs no position codes. Rows of p sum to at
--- most 1. In log space: log p_ij = log b_ij + sum_{j < k < i} log(1 - b_ik), a reverse cumulative sum of log-sigmoids.
--- q [b, h, t, d], k [b, hkv, s, d], v [b, hkv, s, dv] -> y [b, h, t, dv] and what is left of each stick [b, h, t].
--- Options: scale (1 / sqrt(d)); diagonal (false): whether a position sees itself; query i sees the keys before s - t + i (up to it), or
--- the first seen [b, h, t] (i64); mask (bool, broadcasts to [b, h, t, s], true: may attend). O(t s) memory.
--- Shen et al. 2023, ModuleFormer (arXiv 2306.04640, eq. 4-5); Tan et al. 2024 (arXiv 2410.17980).
+--- Stick-breaking attention: y_i = sum_j p_ij v_j, p_ij = b_ij prod_{j < k < i} (1 - b_ik), b_ij = sigmoid(scale q_i . k_j): the
+-- newest key that wants a query takes its share of what is left, so that order needs no position codes. Rows of p sum to at most
+-- 1. In log space: log p_ij = log b_ij + sum_{j < k < i} log(1 - b_ik), a reverse cumulative sum of log-sigmoids. q [b, h, t,
+-- d], k [b, hkv, s, d], v [b, hkv, s, dv] -> y [b, h, t, dv] and what is left of each stick [b, h, t]. Options: scale (1 /
+-- sqrt(d)); diagonal (false): whether a position sees itself; query i sees the keys before s - t + i (up to it), or the first
+-- seen [b, h, t] (i64); mask (bool, broadcasts to [b, h, t, s], true: may attend). O(t s) memory. Shen et al. 2023, ModuleFormer
+-- (arXiv 2306.04640, eq. 4-5); Tan et al. 2024 (arXiv 2410.17980).
 local function stick_breaking(q, k, v, given)
   local o = options.read("stick_breaking", given, ROWS, 2)
   check(q, k, v)
