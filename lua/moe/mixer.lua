@@ -7,6 +7,7 @@ local M = {}
 for name, make in pairs(core._module.make.mixer or {}) do M[name] = make end
 
 return require "moe.lazy"(M, {
+  with_map = "moe.attention_map:with_map", attention_weights = "moe.attention_map:weights",
   mixture_of_heads = "moe.sparse.heads:mixture_of_heads", mixture_of_attention = "moe.sparse.heads:mixture_of_attention",
   stick_breaking = "moe.sparse.heads:stick_breaking", modality_attention = "moe.sparse.modality:modality_attention",
 })

@@ -60,12 +60,12 @@ local function from_map(self, ctx, batch, time)
   local map = ctx.attention_map
   local s = core.is_tensor(map) and map.shape
   if not s then self:fail("source = \"attention\" needs ctx.attention_map, a tensor [%d, heads, %d, %d]", batch, time, time) end
-  if #s == 4 then map, s = map:mean(2), { s[1], s[3], s[4] } end
-  if #s ~= 3 or s[1] ~= batch or s[2] ~= time or s[3] ~= time then
-    self:fail("ctx.attention_map is [%s], wanted [%d, %d, %d], or with heads after the batch", table.concat(map.shape, ", "), batch,
-      time, time)
+  local n = #s
+  if n < 3 or n > 4 or s[1] ~= batch or s[n - 1] ~= time or s[n] ~= time then
+    self:fail("ctx.attention_map is [%s], wanted [%d, %d, %d], or with heads after the batch", table.concat(s, ", "), batch, time,
+      time)
   end
-  return map
+  return n == 4 and map:mean(2) or map
 end
 
 -- S [B, T, T]. A map loses what is not allowed, and its rows sum to 1 again.
