@@ -82,6 +82,22 @@ describe("softmax", function()
     assert.matches("softmax: dim 3 is out of range", helper.error_of(moe.softmax, moe.zeros(2, 2), 3))
   end)
 
+  it("takes columns in strips, each row by row the same", function()
+    for _, shape in ipairs { { 2, 5, 700 }, { 1, 70, 257 }, { 3, 4, 256 } } do
+      local x = moe.randn(shape, { requires_grad = true })
+      local g = moe.randn(shape)
+      local wanted, lse = x:transpose(2, 3):contiguous():softmax(-1):transpose(2, 3), x:transpose(2, 3):contiguous():logsumexp(-1)
+      wanted:backward(g)
+      local gradient = x.grad
+      x.grad = nil
+      local y = x:softmax(2)
+      y:backward(g)
+      assert.close(wanted, y, { rtol = 1e-5, atol = 1e-7 })
+      assert.close(gradient, x.grad, { rtol = 1e-4, atol = 1e-6 })
+      assert.close(lse, x:logsumexp(2), { rtol = 1e-5, atol = 1e-6 })
+    end
+  end)
+
   it("gradient: y (g - sum g y), in rows and in columns, f32", function()
     for _, n in ipairs { 5, 65, 3000 } do
       local x = moe.randn(4, n, { requires_grad = true })
