@@ -298,28 +298,32 @@ moe_routing *moe_routing_limit(const moe_routing *r, int64_t capacity, moe_drop 
 
 /* --- some of the experts --- */
 
-/* number [experts]: what an expert is called in `out`, or -1 */
+/* number [experts]: what an expert is called in `out`, or -1; host: room for four lists of rows */
 static moe_status pick_rows(moe_routing *out, const moe_routing *r, const int64_t *number, int64_t *host) {
   moe_plan p = moe_routing_plan(r);
-  int64_t *token = host, *source = host + p.rows, *expert = host + 2 * p.rows, at = 0;
+  int64_t n = p.rows, *token = host, *source = host + n, *expert = host + 2 * n, *slot = host + 3 * n;
   moe_tensor *experts = moe_routing_expert(r, 0);
   if (experts == NULL) return moe_error_code();
   MOE_TRY(moe_read(experts, expert, MOE_i64));
   MOE_TRY(moe_read(r->plan[MOE_PLAN_TOKEN], token, MOE_i64));
   MOE_TRY(moe_read(r->plan[MOE_PLAN_SOURCE], source, MOE_i64));
-  for (int64_t i = 0; i < p.rows; i++) {
-    int64_t e = number[expert[i]];
-    if (e < 0) continue;
-    token[at] = token[i];
-    source[at] = source[i];
-    expert[at++] = e;
-  }
+  MOE_TRY(moe_read(r->plan[MOE_PLAN_SLOT], slot, MOE_i64));
+  /* in the order in which tokens add up their rows, so that sums of all experts stay as they were to the bit */
+  int64_t at = 0;
+  for (int64_t i = 0; i < n; i++)
+    if (number[expert[slot[i]]] >= 0) slot[at++] = slot[i];
+  int64_t *column = malloc((size_t)(at + 1) * sizeof *column);
+  if (column == NULL) return moe_fail(MOE_ENOMEM, "out of memory for a routing");
   entries e = {.rows = at};
-  if (!entries_room(&e, at, moe_dev(experts))) return moe_error_code();
-  MOE_TRY(moe_write(e.token, token, MOE_i64));
-  MOE_TRY(moe_write(e.source, source, MOE_i64));
-  MOE_TRY(moe_write(e.expert, expert, MOE_i64));
-  return plan_make(out, &e, p.tokens, false);
+  moe_status st = entries_room(&e, at, moe_dev(experts)) ? MOE_OK : moe_error_code();
+  for (int64_t i = 0; i < at; i++) column[i] = token[slot[i]];
+  if (st == MOE_OK) st = moe_write(e.token, column, MOE_i64);
+  for (int64_t i = 0; i < at; i++) column[i] = source[slot[i]];
+  if (st == MOE_OK) st = moe_write(e.source, column, MOE_i64);
+  for (int64_t i = 0; i < at; i++) column[i] = number[expert[slot[i]]];
+  if (st == MOE_OK) st = moe_write(e.expert, column, MOE_i64);
+  free(column);
+  return st == MOE_OK ? plan_make(out, &e, p.tokens, true) : st;
 }
 
 moe_routing *moe_routing_pick(const moe_routing *r, const int64_t *pick, int64_t n) {
@@ -329,7 +333,7 @@ moe_routing *moe_routing_pick(const moe_routing *r, const int64_t *pick, int64_t
     return NULL;
   }
   moe_routing *out = routing_new(p.tokens, n);
-  int64_t *number = malloc((size_t)(r->experts + 3 * p.rows) * sizeof *number);
+  int64_t *number = malloc((size_t)(r->experts + 4 * p.rows) * sizeof *number);
   moe_status st = out && number ? MOE_OK : moe_fail(MOE_ENOMEM, "out of memory for a routing");
   for (int64_t e = 0; st == MOE_OK && e < r->experts; e++) number[e] = -1;
   for (int64_t i = 0; st == MOE_OK && i < n; i++) {

@@ -8,7 +8,7 @@ local base = require "moe.experts.base"
 -- own kernel; their results are added. Child `banks`: state names banks.1.up_proj and so on.
 local Join = nn.module("join", base.Bank)
 
--- What one bank was told; `members`: its experts' numbers in the layer.
+-- How many experts a part has.
 local function check(bank, i)
   if type(bank) ~= "table" or type(bank.bind) ~= "function" or not nn.is_module(bank) then
     error(("experts.join: part %d must be a bank of moe.experts, got a %s"):format(i, type(bank)), 4)
@@ -18,19 +18,22 @@ local function check(bank, i)
   return n
 end
 
-function Join:init(banks)
+-- A bank made without sizes; lists of modules (map) need none.
+local function described(bank) return bank.d_model == nil and (bank._options ~= nil or bank.banks ~= nil) end
+
+function Join:init(banks, d_model)
   if type(banks) ~= "table" or nn.is_module(banks) or #banks == 0 then
     error("experts.join: argument 1 must be a list of banks, got " .. (type(banks) == "table" and "none" or "a " .. type(banks)), 3)
   end
-  local members, first, bound = {}, 1, true
+  local members, first, bound = {}, 1, true -- the latter: every bank has its weights
   for i, bank in ipairs(banks) do
     local n = check(bank, i)
     members[i] = {}
     for e = 1, n do members[i][e] = first + e - 1 end
     first = first + n
-    bound = bound and bank.d_model ~= nil
+    bound, d_model = bound and not described(bank), d_model or bank.d_model
   end
-  self:hold(table.move(banks, 1, #banks, 1, {}), members, bound and banks[1].d_model)
+  self:hold(table.move(banks, 1, #banks, 1, {}), members, bound and d_model or nil)
 end
 
 --- Takes the banks; members[i]: the numbers of bank i's experts in the layer. d_model: nil for descriptions.
@@ -38,13 +41,14 @@ function Join:hold(banks, members, d_model)
   self.banks, self._members, self.num_experts = banks, members, 0
   for _, list in ipairs(members) do self.num_experts = self.num_experts + #list end
   if not d_model then return end
-  self.d_model, self.d_out = d_model, banks[1].d_out or d_model
+  self.d_model = d_model
   for i, bank in ipairs(banks) do
     for _, key in ipairs { "d_model", "d_out" } do
-      if bank[key] and bank[key] ~= self[key] then
-        error(("experts.join: %s of part %d is %d, of part 1 it is %d"):format(key, i, bank[key], self[key]), 4)
+      if bank[key] and bank[key] ~= (self[key] or bank[key]) then
+        error(("experts.join: %s of part %d is %d, of those before it %d"):format(key, i, bank[key], self[key]), 4)
       end
     end
+    self.d_out = self.d_out or bank.d_out
   end
 end
 
@@ -58,7 +62,7 @@ function Join:bind(sizes)
     own.num_experts = #self._members[i]
     banks[i] = bank:bind(own)
   end
-  return self.d_model and self or Join(banks)
+  return self.d_model and self or Join(banks, sizes.d_model)
 end
 
 function Join:work(x, routing, ctx)
