@@ -12,6 +12,11 @@ enum {
   TILE_ROWS = 256,    /* rows of a tile, or half as many again: packing the weights then costs 1/256 of a product */
   TILE_LEAST = 32,    /* ... and at least, where the whole routing is small */
   WHOLE_ROWS = 512,   /* an expert with more rows is cut in the backward */
+  THIN_SCRATCH = 5,   /* ... and of their products */
+  THIN_ROWS = 160,    /* products of at most so many rows are cheaper without packing the weights */
+  FINE_HIDDEN = 32,   /* experts of at most so many units ... */
+  FINE_SHARE = 4,     /* ... and so many a token are added up token by token, */
+  FINE_TOKENS = 256,  /* in tiles of so many tokens */
   STRIPE_ROWS = 512,  /* rows gathered at a time for a stripe of weight gradients */
   TASK_MACS = 1 << 20 /* small experts share a task up to so many multiplications */
 };
@@ -33,6 +38,7 @@ typedef struct ffn_job {
   const void *gy;
   void *gw_in, *gw_out, *gb_in, *gb_out, *gweight;
   void *dh, *wa; /* [rows of cut experts, F], [.., I] */
+  void *w_t;     /* fine: w_out transposed, [groups, I, d_out] */
 } ffn_job;
 
 typedef struct rows_job {
@@ -51,21 +57,29 @@ typedef struct linear_job {
 } linear_job;
 
 #define REAL float
+#define REAL_BYTES 4
 #define R(x) x##_f32
 #define VM1(name) VM(name, f32)
 #define GEMM moe_gemm_f32
+#include "cpu/thin_real.h"
 #include "cpu/experts_real.h"
+#include "cpu/experts_fine_real.h"
 #undef REAL
+#undef REAL_BYTES
 #undef R
 #undef VM1
 #undef GEMM
 
 #define REAL double
+#define REAL_BYTES 8
 #define R(x) x##_f64
 #define VM1(name) VM(name, f64)
 #define GEMM moe_gemm_f64
+#include "cpu/thin_real.h"
 #include "cpu/experts_real.h"
+#include "cpu/experts_fine_real.h"
 #undef REAL
+#undef REAL_BYTES
 #undef R
 #undef VM1
 #undef GEMM
@@ -191,12 +205,50 @@ static void run_rows(moe_range_fn *fn, rows_job *j, int64_t n, int64_t elements)
   moe_parallel_range(n, MOE_MAX(1, MOE_GRAIN / each), fn, j);
 }
 
+/* --- narrow experts in large number (experts_fine_real.h) --- */
+
+static bool is_fine(const moe_ffn *f) {
+  const moe_plan *p = &f->plan;
+  if (p->dense || f->hidden > FINE_HIDDEN || p->rows < FINE_SHARE * p->tokens) return false;
+  for (int64_t g = 0; g < p->groups; g++) /* a token twice at one expert would be added to at once */
+    for (int64_t r = p->start[g] + 1; r < p->start[g + 1]; r++)
+      if (p->token[r] == p->token[r - 1]) return false;
+  return true;
+}
+
+static int64_t fine_tile(const moe_plan *p) { return MOE_MIN(FINE_TOKENS, MOE_MAX(TILE_LEAST, p->tokens / 8)); }
+
+#define FINE_TASK(name, fn)                                                                        \
+  static void name(void *arg, int64_t i, int worker) {                                             \
+    (void)worker;                                                                                  \
+    ffn_job *job = arg;                                                                            \
+    int64_t tile = fine_tile(&job->f->plan), t0 = i * tile;                                        \
+    BY_TYPE(job->f->dtype, fn, job, t0, MOE_MIN(t0 + tile, job->f->plan.tokens));                  \
+  }
+FINE_TASK(fine_fwd_task, fine_fwd)
+FINE_TASK(fine_bwd_task, fine_bwd)
+
+/* fn over all tiles of tokens, with the transposed output weights at hand. */
+static moe_status fine_run(ffn_job *job, moe_task_fn *fn) {
+  const moe_ffn *f = job->f;
+  const moe_plan *p = &f->plan;
+  int64_t matrix = f->hidden * f->d_out, bytes = p->groups * matrix * moe_dtype_size(f->dtype);
+  if ((job->w_t = moe_mem_alloc(moe_cpu(), bytes)) == NULL && bytes > 0) return moe_error_code();
+  moe_parallel_range(p->groups, MOE_MAX(1, MOE_GRAIN / MOE_MAX(1, matrix)),
+                     f->dtype == MOE_f64 ? fine_transpose_f64 : fine_transpose_f32, job);
+  int64_t tile = fine_tile(p);
+  moe_parallel((p->tokens + tile - 1) / tile, fn, job);
+  moe_mem_free(moe_cpu(), job->w_t, bytes);
+  return finish(job);
+}
+
 moe_status MOE_CPU(ffn)(void *y, void *h, const moe_ffn *f) {
   const moe_plan *p = &f->plan;
   int64_t size = moe_dtype_size(f->dtype), bytes = p->rows * f->d_out * size;
   ffn_job job = {.f = f, .h = h, .y = y};
   task_list tasks = {0};
   moe_status st = MOE_OK;
+  if (is_fine(f)) return fine_run(&job, fine_fwd_task);
   if (!p->dense && (job.y = moe_mem_alloc(moe_cpu(), bytes)) == NULL && bytes > 0) return moe_error_code();
   if (make_tasks(&tasks, p, f->hidden * (f->d_in * (f->gated ? 2 : 1) + f->d_out), true, NULL)) {
     job.task = tasks.v;
@@ -216,6 +268,27 @@ moe_status MOE_CPU(ffn)(void *y, void *h, const moe_ffn *f) {
 }
 
 /* --- backward --- */
+
+/* The backward of narrow experts: dh and wa for all rows, then the weights of each expert. */
+static moe_status fine_backward(ffn_job *job) {
+  const moe_ffn *f = job->f;
+  const moe_plan *p = &f->plan;
+  int64_t size = moe_dtype_size(f->dtype), I = f->hidden, F = f->gated ? 2 * I : I;
+  int64_t dh_bytes = p->rows * F * size, wa_bytes = p->rows * I * size;
+  moe_status st = MOE_ENOMEM;
+  job->dh = moe_mem_alloc(moe_cpu(), dh_bytes);
+  job->wa = moe_mem_alloc(moe_cpu(), wa_bytes);
+  if (job->dh && job->wa) st = fine_run(job, fine_bwd_task);
+  if (st == MOE_OK && (job->gw_in || job->gw_out || job->gb_in || job->gb_out)) {
+    int64_t macs = p->rows / MOE_MAX(1, p->groups) * (F * f->d_in + I * f->d_out); /* of an expert, about */
+    moe_parallel_range(p->groups, MOE_MAX(1, TASK_MACS / MOE_MAX(1, macs)),
+                       f->dtype == MOE_f64 ? fine_weights_f64 : fine_weights_f32, job);
+    st = finish(job);
+  }
+  if (job->dh) moe_mem_free(moe_cpu(), job->dh, dh_bytes);
+  if (job->wa) moe_mem_free(moe_cpu(), job->wa, wa_bytes);
+  return st;
+}
 
 static void bwd_task(void *arg, int64_t i, int worker) {
   (void)worker;
@@ -256,6 +329,7 @@ moe_status MOE_CPU(ffn_bwd)(void *gx, void *gw_in, void *gw_out, void *gb_in, vo
   zero_idle(gb_out, p, f->d_out * size);
   if (gweight) memset(gweight, 0, (size_t)(nweight * size));
 
+  if (is_fine(f)) return fine_backward(&job);
   if (!make_tasks(&tasks, p, 2 * macs, false, &cut_rows)) goto done;
   if (gx && !p->dense) {
     gx_bytes = p->rows * f->d_in * size;

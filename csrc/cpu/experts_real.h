@@ -130,84 +130,34 @@ static void R(sum_rows)(REAL *restrict y, const REAL *restrict x, const REAL *sc
   }
 }
 
-/* Few rows meet a matrix of weights once: bound by memory, so the weights are read as they lie. A BLAS would
-** pack them first. Rows beyond m repeat the last one, and their results are dropped. */
-enum { R(FEW) = 4 };
+/* Products of m rows with weights: by thin_real.h where they are few, else by the BLAS. */
 
 /* c [m, n] = a [m, k] b [n, k]^T (+ c) */
 static void R(nt)(int64_t m, int64_t n, int64_t k, const REAL *a, const REAL *b, bool add, REAL *c) {
-  if (m < 2 || m > R(FEW)) {
+  REAL *room = NULL;
+  if (m > 1 && m <= THIN_ROWS)
+    room = moe_scratch(THIN_SCRATCH, (k + R(STRIP)) * (m + R(VL)) * (int64_t)sizeof(REAL));
+  if (room)
+    R(packed_nt)(m, n, k, a, b, add, c, room);
+  else
     GEMM(false, true, m, n, k, 1, a, k, b, k, add ? 1 : 0, c, n);
-    return;
-  }
-  const REAL *restrict a0 = a, *restrict a1 = a + k, *restrict a2 = a + MOE_MIN(2, m - 1) * k,
-                       *restrict a3 = a + (m - 1) * k;
-  for (int64_t j = 0; j < n; j++) {
-    const REAL *restrict bj = b + j * k;
-    REAL s[4], s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-    for (int64_t p = 0; p < k; p++) {
-      REAL v = bj[p];
-      s0 += a0[p] * v;
-      s1 += a1[p] * v;
-      s2 += a2[p] * v;
-      s3 += a3[p] * v;
-    }
-    s[0] = s0, s[1] = s1, s[2] = s2, s[3] = s3;
-    for (int64_t r = 0; r < m; r++) c[r * n + j] = s[r] + (add ? c[r * n + j] : 0);
-  }
 }
 
 /* c [m, n] = a [m, k] b [k, n] */
 static void R(nn)(int64_t m, int64_t n, int64_t k, const REAL *a, const REAL *b, REAL *c) {
-  if (m < 2 || m > R(FEW)) {
+  if (m > 1 && m <= THIN_ROWS)
+    R(mix_at)(m, k, n, c, n, b, n, a, k, 1, false, false);
+  else
     GEMM(false, false, m, n, k, 1, a, k, b, n, 0, c, n);
-    return;
-  }
-  for (int64_t i = 0; i < m * n; i++) c[i] = 0;
-  int64_t p = 0;
-  for (; p + 4 <= k; p += 4) {
-    const REAL *restrict b0 = b + p * n, *restrict b1 = b0 + n, *restrict b2 = b1 + n, *restrict b3 = b2 + n;
-    for (int64_t r = 0; r < m; r++) {
-      const REAL *ar = a + r * k + p;
-      REAL v0 = ar[0], v1 = ar[1], v2 = ar[2], v3 = ar[3];
-      REAL *restrict cr = c + r * n;
-      for (int64_t j = 0; j < n; j++) cr[j] += (v0 * b0[j] + v1 * b1[j]) + (v2 * b2[j] + v3 * b3[j]);
-    }
-  }
-  for (; p < k; p++)
-    for (int64_t r = 0; r < m; r++) {
-      REAL v = a[r * k + p];
-      REAL *restrict cr = c + r * n;
-      const REAL *restrict bp = b + p * n;
-      for (int64_t j = 0; j < n; j++) cr[j] += v * bp[j];
-    }
 }
 
 /* c [m, n] (row stride ldc) = a [rows, m]^T b [rows, n] (+ c), row strides lda, ldb */
 static void R(tn)(int64_t m, int64_t n, int64_t rows, const REAL *a, int64_t lda, const REAL *b, int64_t ldb,
                   bool add, REAL *c, int64_t ldc) {
-  if (rows < 1 || rows > R(FEW)) {
+  if (rows > 0 && rows <= THIN_ROWS)
+    R(mix_at)(m, rows, n, c, ldc, b, ldb, a, 1, lda, add, false);
+  else
     GEMM(true, false, m, n, rows, 1, a, lda, b, ldb, add ? 1 : 0, c, ldc);
-    return;
-  }
-  const REAL *restrict b0 = b, *restrict b1 = b + MOE_MIN(1, rows - 1) * ldb,
-                       *restrict b2 = b + MOE_MIN(2, rows - 1) * ldb, *restrict b3 = b + (rows - 1) * ldb;
-  for (int64_t i = 0; i < m; i++) {
-    REAL v0 = a[i], v1 = rows > 1 ? a[lda + i] : 0, v2 = rows > 2 ? a[2 * lda + i] : 0,
-         v3 = rows > 3 ? a[3 * lda + i] : 0;
-    REAL *restrict ci = c + i * ldc;
-    if (!add)
-      for (int64_t j = 0; j < n; j++) ci[j] = 0;
-    if (rows == 1)
-      for (int64_t j = 0; j < n; j++) ci[j] += v0 * b0[j];
-    else if (rows == 2)
-      for (int64_t j = 0; j < n; j++) ci[j] += v0 * b0[j] + v1 * b1[j];
-    else if (rows == 3)
-      for (int64_t j = 0; j < n; j++) ci[j] += v0 * b0[j] + v1 * b1[j] + v2 * b2[j];
-    else
-      for (int64_t j = 0; j < n; j++) ci[j] += (v0 * b0[j] + v1 * b1[j]) + (v2 * b2[j] + v3 * b3[j]);
-  }
 }
 
 /* Rows [r0, r1) of the plan, from x [tokens, d]: x itself where they lie together, else gathered into `room`. */
