@@ -178,7 +178,8 @@ describe("moe.experts.join", function()
     local join, mlp = moe.experts.join, moe.experts.mlp
     assert.matches("must be a list of banks, got none", helper.error_of(join, {}))
     assert.matches("must be a list of banks, got a number", helper.error_of(join, 3))
-    assert.matches("part 2 must be a bank of moe.experts, got a number", helper.error_of(join, { mlp { intermediate_size = 2, num_experts = 1 }, 3 }))
+    assert.matches("part 2 must be a bank of moe.experts, got a number",
+      helper.error_of(join, { mlp { intermediate_size = 2, num_experts = 1 }, 3 }))
     assert.matches("part 1 needs num_experts", helper.error_of(join, { mlp { intermediate_size = 2 } }))
     assert.matches("d_model of part 2 is 5, of those before it 4",
       helper.error_of(join, { mlp { intermediate_size = 2, d_model = 4 }, mlp { intermediate_size = 2, d_model = 5 } }))

@@ -58,7 +58,7 @@ function Film:work(x, routing)
   if self.beta then h = h + routing:mix(self.beta) end
   local y = h:linear(self.down_proj)
   if not self.down_bias then return y end
-  return y + routing:total():unsqueeze(2) * self.down_bias
+  return y + routing:total():to(y.dtype):unsqueeze(2) * self.down_bias
 end
 
 return Film
