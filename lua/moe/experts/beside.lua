@@ -1,7 +1,7 @@
 -- What low-rank experts and adapters share: two thin matrices an expert, whose output is added to that of a frozen base.
 --
--- y = base(x) + scale * sum over a token's experts of g_e (w_out_e act(w_in_e x + b_in_e) + b_out_e): the networks of mlp, by the same
--- kernel, with w_out = 0 to begin with, so that the whole is the base.
+-- y = base(x) + scale * sum over a token's experts of g_e (w_out_e act(w_in_e x + b_in_e) + b_out_e): the networks of mlp, by
+-- the same kernel, with w_out = 0 to begin with, so that the whole is the base.
 
 local core = require "moe.core"
 local nn = require "moe.nn"
