@@ -262,6 +262,8 @@ function Layer:reset_stats()
   self._stats = { forwards = 0, tokens = 0, assignments = 0, dropped = 0, masked = 0 }
 end
 
+for name, f in pairs(require "moe.sparse.resize") do Layer[name] = f end -- prune, extend
+
 function Layer:extra()
   local o = self._options
   local parts = { ("d_model=%d, num_experts=%d"):format(o.d_model, o.num_experts) }

@@ -20,8 +20,9 @@ local paths = {}
 for _, name in ipairs {
   "topk", "cosine",
   "expert_choice", "relu", "top_p", "threshold", "dense_to_sparse",
-  "two_stage",
+  "two_stage", "mlp",
   "soft", "mixture_of_tokens", "random", "neighbour", "sequence",
+  "hash", "balanced", "prototype", "kmeans", "by_id", "lookahead",
 } do
   paths[name] = "moe.router." .. name
 end

@@ -43,7 +43,9 @@ function TwoStage:route(x, ctx)
   self:ready()
   ctx = ctx or {}
   local o, call, S, T = self._options, self._call, self.num_shared, x:size(1)
-  local logits = self:logits(x)
+  local allowed = ctx.expert_mask -- of all experts; the shared ones work anyway
+  if allowed and S > 0 then allowed = allowed:narrow(-1, S + 1, self.num_experts - S) end
+  local logits = self:logits(x, { expert_mask = allowed })
   call.mask, call.choice = ctx.mask, ctx.choice and ctx.choice:narrow(2, S + 1, o.top_k) - S
   local weight, index, probs = core.router_topk(logits, call)
   call.mask, call.choice = nil, nil

@@ -161,6 +161,9 @@ function Mixer:forward(x, state, ctx)
   return y, after, routing
 end
 
+-- After prune and extend.
+function Mixer:resized() self._heads = self.experts._options end
+
 --- The empty state of a batch: keys and values so far, [batch, num_kv_heads, time, head_dim].
 function Mixer:state(batch)
   local o, like = self._heads, { dtype = self.kv_proj.weight.dtype, device = self.kv_proj.weight.device }
