@@ -100,7 +100,8 @@ describe("moe.router_gates", function()
     local x = moe.ones(3, 4)
     for _, case in ipairs {
       { "score is a f32 tensor %[4%], wanted floats %[tokens, experts%]", function() return moe.router_gates(moe.ones(4)) end },
-      { "threshold is a f32 tensor %[4%], wanted a number or one a token, %[3%]", function() return moe.router_gates(x, { threshold = moe.ones(4) }) end },
+      { "threshold is a f32 tensor %[4%], wanted a number or one a token, %[3%]",
+        function() return moe.router_gates(x, { threshold = moe.ones(4) }) end },
       { "mass is NaN", function() return moe.router_gates(x, { mass = 0 / 0 }) end },
       { "min_k is %-1, wanted a count", function() return moe.router_gates(x, { min_k = -1 }) end },
       { "max_kk", function() return moe.router_gates(x, { max_kk = 1 }) end },

@@ -6,6 +6,7 @@
 local core = require "moe.core"
 local nn = require "moe.nn"
 local options = require "moe.nn.options"
+require "moe.routing" -- the methods of routings
 
 local M = {}
 

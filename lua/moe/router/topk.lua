@@ -15,7 +15,7 @@ local sparse = core._sparse
 -- Shazeer et al. 2017 (arXiv 1701.06538); the order of steps is that of DeepSeek-V3 (arXiv 2412.19437).
 local TopK = nn.module("topk", base.Router)
 
-local ROWS <const> = base.rows({
+TopK.rows = base.rows({
   top_k = { "integer|function", 2 },
   score = { { "softmax", "sigmoid", "sqrtsoftplus", "relu" }, "softmax" }, score_after = { "boolean", false },
   norm_topk_prob = { "boolean" }, routed_scaling_factor = { "number", 1 },
@@ -42,7 +42,7 @@ function TopK:check(o, k)
 end
 
 function TopK:init(given)
-  local bound = self:setup(given, ROWS)
+  local bound = self:setup(given, self.rows)
   local o = self._options
   self:check(o)
   if not bound then return end
