@@ -84,7 +84,7 @@ function Layer:init(given)
   for i, loss in ipairs(losses) do
     if not callable(loss) then fail("balance[%d] must be a function (routing, ctx), got a %s", i, type(loss)) end
     self._state[i] = {}
-    if type(loss) == "table" and loss.start then loss:start(self._state[i], o.num_experts) end
+    if type(loss) == "table" and loss.start then loss:start(self._state[i], o.num_experts, self) end
     if type(loss) == "table" and loss.name == "selection_bias" then sizes.selection_bias = true end
   end
   self._options = o

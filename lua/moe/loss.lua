@@ -8,5 +8,6 @@ for _, name in ipairs { "cross_entropy", "mse", "l1", "huber", "nll", "kl_div", 
 end
 for name, value in pairs(balance) do M[name] = value end
 for name, value in pairs(require "moe.consistency") do M[name] = value end
+for name, value in pairs(require "moe.sparsity") do M[name] = value end
 
 return M
