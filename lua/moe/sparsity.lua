@@ -5,6 +5,9 @@ local base = require "moe.balance.base"
 
 local M = {}
 
+-- The coefficient stays within these: it would grow without end where no gate can shut.
+local LEAST <const>, MOST <const> = 1e-20, 1e4
+
 local L1 = {}
 L1.__index = L1
 L1.__tostring = function(self) return ("moe.loss.relu_l1(top_k=%g)"):format(self.top_k) end
@@ -46,15 +49,15 @@ function L1:after_step(_, state)
     pool.factor = pool.open > pool.wanted and self.alpha or pool.open < pool.wanted and 1 / self.alpha or 1
     pool.open, pool.wanted = 0, 0
   end
-  state.coef:mul_(pool.factor)
+  state.coef:mul_(pool.factor):clamp_(LEAST, MOST)
 end
 
 --- The L1 norm of the gates with a coefficient that holds the wanted sparsity, for moe.router.relu: (l / T) sum over tokens and
 -- experts of f_e g_te, f_e = E / (k T) load_e (1 at an even load of k experts a token; without `balanced`: f_e = 1), so that
--- busy experts are pressed harder. After each optimizer step l <- l alpha^sign(open - k), open being the mean number of
--- experts of a token in the step's forwards. Options: top_k, the mean wanted; start, the first l (1e-8); alpha (1.2); balanced
--- (default true). The layer keeps l in its buffer l1_coef [1]. Layers that share one object share one count, as published; one
--- made for each layer holds each layer. Wang et al. 2024, ReMoE (arXiv 2412.14711, eq. 6-9).
+-- busy experts are pressed harder. After each optimizer step l <- l alpha^sign(open - k), held in [1e-20, 1e4], open being the
+-- mean number of experts of a token in the step's forwards. Options: top_k, the mean wanted; start, the first l (1e-8); alpha
+-- (1.2); balanced (default true). The layer keeps l in its buffer l1_coef [1]. Layers that share one object share one count, as
+-- published; one made for each layer holds each layer. Wang et al. 2024, ReMoE (arXiv 2412.14711, eq. 6-9).
 function M.relu_l1(given)
   local o = base.read("relu_l1", given, ROWS)
   if not (o.top_k and o.top_k > 0) then

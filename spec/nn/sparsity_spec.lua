@@ -55,6 +55,16 @@ describe("moe.loss.relu_l1", function()
     assert.equal(0.01, exact.l1_coef:item())
   end)
 
+  it("stays finite where no gate can shut", function()
+    local layer = layer_of(moe.loss.relu_l1 { top_k = 1, start = 9e3 }, { init = "zeros" })
+    layer.router.bias:detach():fill_(1)
+    for _ = 1, 3 do
+      layer(moe.randn(6, 5))
+      layer:after_step()
+    end
+    assert.equal(1e4, layer.l1_coef:item())
+  end)
+
   it("counts all layers that share it", function()
     local loss = moe.loss.relu_l1 { top_k = 3, start = 1 }
     local open, shut = layer_of(loss, { bias = true, init = "zeros" }), layer_of(loss, { bias = true, init = "zeros" })
@@ -79,9 +89,9 @@ describe("moe.loss.relu_l1", function()
   it("holds the mean number of experts in training", function()
     moe.manual_seed(1)
     local layer = moe.layer { d_model = 8, num_experts = 8, router = moe.router.relu {},
-      balance = moe.loss.relu_l1 { top_k = 2, start = 1e-3 }, experts = moe.experts.mlp { intermediate_size = 8 } }
+      balance = moe.loss.relu_l1 { top_k = 2, start = 1e-2, alpha = 1.05 }, experts = moe.experts.mlp { intermediate_size = 8 } }
     local target = moe.randn(8, 8)
-    local optimizer = moe.optim.adamw(layer, { lr = 5e-3 })
+    local optimizer = moe.optim.adamw(layer, { lr = 1e-2 })
     local open, n = 0, 0
     for step = 1, 400 do
       local x = moe.randn(64, 8)
