@@ -22,6 +22,7 @@ local submodules <const> = {
   data = "moe.data", io = "moe.io", loss = "moe.loss", router = "moe.router", experts = "moe.experts",
   routing = "moe.routing", layer = "moe.layer", gradcheck = "moe.gradcheck", help = "moe.help", repl = "moe.repl",
   progress = "moe.progress", mixer = "moe.mixer", stick_breaking = "moe.sparse.stick_breaking:attention", recipe = "moe.recipe",
+  inspect = "moe.inspect", plot = "moe.plot", multi_gate = "moe.multi_gate",
 }
 
 --- Runs `f(...)` and gives back what it returns; every other tensor that it made is released at once.

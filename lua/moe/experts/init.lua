@@ -10,7 +10,7 @@ return require "moe.lazy"({}, {
   swiglu = "moe.experts.gated:swiglu", glu = "moe.experts.gated:glu", geglu = "moe.experts.gated:geglu",
   mlp = "moe.experts.mlp", map = "moe.experts.map",
   lora = "moe.experts.lora", lora_linear = "moe.experts.lora_linear", lora_ffn = "moe.experts.lora_ffn",
-  adapter = "moe.experts.adapter",
+  adapter = "moe.experts.adapter", zero_computation = "moe.experts.zero_computation",
   join = "moe.experts.join", unequal = "moe.experts.unequal", film = "moe.experts.film", ia3 = "moe.experts.ia3",
   ternary = "moe.experts.ternary:ternary", low_bit = "moe.experts.ternary:low_bit",
 })

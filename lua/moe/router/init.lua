@@ -23,6 +23,7 @@ for _, name in ipairs {
   "two_stage", "mlp",
   "soft", "mixture_of_tokens", "random", "neighbour", "sequence",
   "hash", "balanced", "prototype", "kmeans", "by_id", "lookahead",
+  "product_key",
 } do
   paths[name] = "moe.router." .. name
 end
