@@ -8,7 +8,10 @@
 local M = {}
 
 -- Submodules in the order of the reference page.
-M.GROUPS = { "nn", "router", "experts", "routing", "loss", "optim", "schedule", "data", "io", "model", "mixer", "repl" }
+M.GROUPS = {
+  "nn", "router", "experts", "routing", "loss", "inspect", "plot", "optim", "schedule", "data", "io", "model", "mixer", "recipe",
+  "repl",
+}
 -- Submodules that are functions themselves.
 M.CALLABLES = { "layer", "trainer", "help", "gradcheck" }
 

@@ -181,6 +181,15 @@ function methods.mix(routing, v)
   return routing:combine(v:index_select(1, routing.expert))
 end
 
+--- How often experts work on the same token: counts [E, E], symmetric, an expert's load on the diagonal.
+function methods.coactivation(routing)
+  return core.no_grad(function()
+    local T, E = routing.num_tokens, routing.num_experts
+    local seen = core.bincount((routing.token - 1) * E + routing.expert, T * E):reshape { T, E }:clamp(0, 1):to "f32"
+    return seen:t():matmul(seen):to "i64"
+  end)
+end
+
 --- Attaches an auxiliary loss under a name; a second one of that name is added to the first.
 function methods.add_aux(routing, name, value)
   if type(value) ~= "number" and not core.is_tensor(value) then
