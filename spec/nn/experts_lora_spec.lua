@@ -128,6 +128,13 @@ for name, make in pairs(BANKS) do
       assert.is_true((ffn(x)[1][2] - y[1][2]):abs():max():item() > 1e-3)
     end)
 
+    it("with one expert serves as the FFN of a model, which gives it a context", function()
+      local ffn = moe.nn.ffn(4, 8)
+      local bank, x = shake(make { d_model = 4, base = ffn }), moe.randn(2, 3, 4)
+      assert.equal(bits(bank(x)), bits(bank(x, { step = 1 })))
+      assert.same({ 2, 3, 4 }, bank(x).shape)
+    end)
+
     it("keeps its values and those of its base in a language model", function()
       moe.manual_seed(7)
       local ffn = moe.nn.ffn(8, 8)
@@ -189,6 +196,52 @@ describe("moe.experts.lora", function()
     assert.matches("alpha or scale, not both", helper.error_of(moe.experts.lora, { rank = 8, scale = 1, alpha = 2 }))
     assert.matches("'rank' must be at least 1", helper.error_of(moe.experts.lora, { rank = 0 }))
     assert.matches("option 'rank' is missing", helper.error_of(moe.experts.lora, {}))
+  end)
+end)
+
+describe("moe.experts.lora_ffn", function()
+  it("is the network at the start, for every activation, and each linear layer with its experts after", function()
+    moe.manual_seed(11)
+    local x = moe.randn(2, 5, 6)
+    for act, f in pairs {
+      gelu = function(h) return h:gelu() end, gelu_tanh = function(h) return h:gelu "tanh" end, relu = function(h) return h:relu() end,
+      relu2 = function(h) return h:relu():square() end, silu = function(h) return h:silu() end,
+    } do
+      for _, bias in ipairs { true, false } do
+        local base = moe.nn.ffn { d_model = 6, intermediate_size = 10, activation = act, bias = bias }
+        for _, E in ipairs { 1, 3 } do
+          local m = moe.experts.lora_ffn { base = base, rank = 2, num_experts = E }
+          assert.close(base(x), m(x), { rtol = 0, atol = 1e-5 })
+          shake(m)
+          local h = m.up(x)
+          if bias then h = h + base.up_proj.bias end
+          local want = m.down(f(h))
+          if bias then want = want + base.down_proj.bias end
+          assert.close(want, m(x), { rtol = 1e-5, atol = 1e-5 })
+        end
+      end
+    end
+    for act in pairs { swiglu = 1, geglu = 1, reglu = 1 } do
+      local base = moe.nn.ffn { d_model = 6, intermediate_size = 10, activation = act }
+      assert.close(base(x), moe.experts.lora_ffn { base = base, rank = 2, num_experts = 2 }(x), { rtol = 0, atol = 1e-5 })
+    end
+  end)
+
+  it("returns the routing of its second layer with the losses of both", function()
+    local m = moe.experts.lora_ffn { base = moe.nn.ffn(6, 10), rank = 2, num_experts = 3, balance = { moe.loss.switch(0.01) } }
+    local ctx = {}
+    local _, routing = m(moe.randn(4, 6), ctx)
+    assert.equal(ctx.routings[2], routing)
+    assert.close(ctx.routings[1]:aux() + routing:aux "switch", routing:aux(), { rtol = 1e-6 })
+    local _, none = moe.experts.lora_ffn { base = moe.nn.ffn(6, 10), rank = 2 }(moe.randn(4, 6), {})
+    assert.is_nil(none)
+  end)
+
+  it("wants a dense network", function()
+    for _, bad in ipairs { { rank = 2 }, { rank = 2, base = moe.nn.linear(3, 3) }, { rank = 2, base = moe.ones(3, 3) } } do
+      assert.matches("lora_ffn: option 'base' must be a moe.nn.ffn", helper.error_of(moe.experts.lora_ffn, bad))
+    end
+    assert.matches("unknown option 'ranks'", helper.error_of(moe.experts.lora_ffn, { base = moe.nn.ffn(3), ranks = 2 }))
   end)
 end)
 

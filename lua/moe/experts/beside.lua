@@ -67,7 +67,9 @@ function Beside:add(x, routing, w_in, w_out, b_in, b_out)
   return self.scale == 1 and y or y * self.scale
 end
 
+-- Without a routing ctx may come second, as a model calls its FFNs.
 function Beside:forward(x, routing, ctx)
+  if type(routing) == "table" then routing, ctx = nil, routing end
   local y, under = base.Bank.forward(self, x, routing, ctx), self.base
   if under == nil then return y end
   return (core.is_tensor(under) and x:linear(under) or (under(x))) + y

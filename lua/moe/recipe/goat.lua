@@ -24,8 +24,8 @@ local M = {
 --- The scale sqrt(3 eta n / r) for inputs of n and rank r.
 function M.scale(n, rank, eta) return math.sqrt(3 * (eta or 1) * n / rank) end
 
---- Makes a moe.experts.lora_linear start as above, in place; the weight that it was made from stays as it is. Options: rho (10),
--- eta (1).
+--- Makes a moe.experts.lora_linear start as above, in place: a base given as a weight is replaced, a layer is written. Options:
+-- rho (10), eta (1).
 function M.start(linear, o)
   o = o or {}
   local bank = linear.experts
