@@ -85,6 +85,33 @@ describe("balance losses", function()
     assert.equal("moe.loss.switch(function)", tostring(f))
   end)
 
+  it("of a single token, and by the coefficients that they have when none is given", function()
+    local p = f64 { { .7, .1, .1, .1 } }
+    local r = routed({ { 1 } }, p, { logits = p * 2, weight = f64 { { .7 } } })
+    local h = -(.7 * math.log(.7) + .3 * math.log(.1))
+    local z = math.log(math.exp(1.4) + 3 * math.exp(.2)) ^ 2
+    for _, row in ipairs {
+      { loss.switch(), 0.01 * 2.8 }, { loss.switch(1, { by = "sequence" }), 2.8 }, { loss.entropy(), 1e-4 * h },
+      { loss.load_concentration(), 0.01 * h }, { loss.mutual_information(), 0 }, { loss.z(), 1e-3 * z },
+      { loss.gate_l1(), 0.01 * 0.7 }, { loss.importance(), 0.01 * 3 }, { loss.load(), 0.01 * 3 },
+      { loss.mutual_information(1, { by = "task" }), 0 }, { loss.latency(nil, { cost = { 1, 1, 1, 1 } }), 0.06 },
+    } do
+      assert.close(row[2], row[1](r, { shape = { 1, 1 }, task_ids = 1 }), { rtol = 1e-6, atol = 1e-12 })
+    end
+    local eye = f64 { { 1, 0 }, { 0, 1 }, { 0, 0 }, { 0, 0 } }
+    local two = routed({ { 1 }, { 2 } }, nil)
+    assert.close(0.1 * (math.log(math.exp(10) + 1) - 10), loss.contrastive()(two, { x = eye:narrow(1, 1, 2),
+      layer = { router = { weight = eye } } }), { rtol = 1e-6 })
+    assert.close(0.01, loss.diversity(nil, { of = "weights" })(r, { layer = { experts = { down_proj = moe.ones(2, 3, F64) } } }))
+    -- two sequences of one token, each collapsed in itself
+    assert.close(4, loss.switch(1, { by = "sequence" })(routed({ { 1 }, { 2 } }, CERTAIN:narrow(1, 1, 2)), { shape = { 2, 1 } }))
+    -- one loss for routings of several sizes and types
+    local one = loss.switch(1, { groups = 1 })
+    assert.close(1, one(routed(EVEN, uniform)))
+    assert.close(1, one(routed(EVEN, uniform:to "f32")))
+    assert.close(1, one(routed({ { 8 } }, moe.full({ 1, 8 }, 1 / 8), { num_experts = 8 })))
+  end)
+
   it("z is the squared logarithm of E at zero logits, padding apart", function()
     local rows, probs, mask = with_padding(EVEN, moe.zeros(4, 4, F64))
     assert.close(math.log(4) ^ 2, loss.z(1)(routed(rows, nil, { logits = probs, mask = mask })), { rtol = 1e-9 })
@@ -224,6 +251,10 @@ describe("balance losses", function()
     assert.close(0, loss.latency(1, { cost = { 1, 3 } })(r), { atol = 1e-9 })
     assert.close(0.5, loss.latency(1, { cost = { 1, 1 } })(r), { rtol = 1e-6 }) -- twice (0.5 / 1)^2 / 1 of { 3, 1 }
     assert.is_true(loss.latency(1, { cost = { 3, 1 } })(r):item() > 0.5)
+    local some, chosen = f64 { { .7, .1, .1, .1 }, { .1, .1, .4, .4 } }, f64 { { .7, .1 }, { .4, .4 } }
+    local sparse = routed({ { 1, 2 }, { 3, 4 } }, some, { weight = chosen })
+    assert.close(loss.latency(1, { cost = { 1, 2, 1, 2 }, on = "load" })(sparse),
+      loss.latency(1, { cost = { 10, 20, 10, 20 }, on = "importance" })(sparse), { rtol = 1e-9 })
   end)
 
   it("mutual information of experts and tasks", function()
@@ -252,6 +283,11 @@ describe("balance losses", function()
       assert.close(math.log(math.exp(2) + 2) - 2, loss.contrastive(1, { temperature = 0.5 })(r, context(x, eye)), { rtol = 1e-9 })
       assert.close(math.log(3), loss.contrastive(1)(r, context(x, moe.ones(4, 3, F64))), { rtol = 1e-9 })
       assert.close(math.log(3), loss.contrastive(1)(r, context(moe.ones(4, 3, F64), eye)), { rtol = 1e-9 })
+      -- a prototype is held against all means, not a mean against all prototypes
+      local lone = f64 { { 1, 0, 0 }, { 1, 0, 0 }, { 0, 0, 1 }, { 1, 1, 1 } }
+      local e = math.exp(2)
+      assert.close((math.log(e + 2) - 2 + math.log(e + 2) + math.log(e + 2) - 2) / 3,
+        loss.contrastive(1, { temperature = 0.5 })(r, context(x, lone)), { rtol = 1e-9 })
       -- one expert alone has nothing to be told from
       assert.close(0, loss.contrastive(1)(routed({ { 2 }, { 2 }, { 2 }, { 2 } }, nil), context(x, eye)), { atol = 1e-9 })
       assert.is_nil(loss.contrastive(1)(routed({ { 0 }, { 0 } }, nil), context(x:narrow(1, 1, 2), eye)))
@@ -323,6 +359,10 @@ describe("balance losses", function()
       local ctx = { mask = moe.tensor { true, false, true, false, true, false } }
       local _, masked = layer(x, ctx)
       assert.close(whole(picked, { layer = layer, x = at }), whole(masked, { layer = layer, x = x }), { rtol = 1e-9 })
+      local many = layer_of({}, { top_k = 3 })
+      moe.no_grad(function() many.experts.gate_up_proj:copy_(many.experts.gate_up_proj[1]:expand { 4, 10, 6 }) end)
+      moe.no_grad(function() many.experts.down_proj:copy_(many.experts.down_proj[1]:expand { 4, 6, 5 }) end)
+      assert.close(1, whole(select(2, many(x)), { layer = many, x = x }), { rtol = 1e-9 })
       local single = layer_of({}, { top_k = 1 })
       assert.close(0, whole(select(2, single(x)), { layer = single, x = x }))
     end)
@@ -400,6 +440,55 @@ describe("balance losses", function()
         return loss.diversity(0.5, { of = "weights" })(r, { layer = { experts = { down_proj = down } } })
       end, { bank.down_proj }))
     end)
+  end)
+
+  describe("fall when a router follows them:", function()
+    for name, value in pairs {
+      switch = loss.switch(1), importance = loss.importance(1), load = loss.load(1), z = loss.z(1), entropy = loss.entropy(1),
+      undecided = loss.entropy(-1), mutual_information = loss.mutual_information(1), concentration = loss.load_concentration(1),
+      latency = loss.latency(1, { cost = { 1, 2, 3, 4 } }), contrastive = loss.contrastive(1),
+      devices = loss.switch(1, { groups = { 1, 2, 2, 2 } }),
+    } do
+      it(name, function()
+        moe.manual_seed(8)
+        local x = moe.randn(64, 8) + 1 -- a mean of its own: the load is skewed
+        local router = moe.router.topk { d_model = 8, num_experts = 4, top_k = 2, norm_topk_prob = false, init = "normal(1)" }
+        local optimizer, first, last = moe.optim.adamw(router, { lr = 0.05, weight_decay = 0 }), nil, nil
+        for _ = 1, 30 do
+          local v = value(router:route(x), { x = x, layer = { router = router } })
+          optimizer:zero_grad()
+          v:backward()
+          optimizer:step()
+          first, last = first or v:item(), v:item()
+        end
+        assert.is_true(last < first - 0.03 * math.abs(first), ("%g, then %g"):format(first, last))
+      end)
+    end
+  end)
+
+  it("over the global batch of a trainer that accumulates: the last micro-batch sees all", function()
+    local seen = {}
+    local global = loss.switch(1, { by = "global" })
+    local model = moe.layer {
+      d_model = 3, num_experts = 4, experts = moe.experts.mlp { intermediate_size = 2 }, balance = { global },
+      router = function(x)
+        local e = x:narrow(2, 1, 1):to "i64" -- the expert that the data says, with certainty
+        local probs = x:narrow(2, 1, 1):eq(moe.arange(1, 4):reshape { 1, 4 }):to "f32"
+        return moe.routing.topk(e, nil, 4, { probs = probs + 0 * x:sum() })
+      end,
+    }
+    local trainer = moe.trainer {
+      model = model, optimizer = moe.optim.sgd { lr = 0.1 }, accumulate = 4, quiet = true,
+      loss = function(m, batch, ctx)
+        local y, r = m(batch, ctx)
+        seen[#seen + 1] = r:aux():item()
+        return y:sum() * 0 + r:aux()
+      end,
+    }
+    local batches = {}
+    for e = 1, 4 do batches[e] = moe.full({ 2, 3 }, e) end
+    trainer:fit(batches, { steps = 2 })
+    assert.close({ 4, 2, 4 / 3, 1, 4, 2, 4 / 3, 1 }, seen)
   end)
 
   it("name themselves and what is missing", function()

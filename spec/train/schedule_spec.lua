@@ -63,6 +63,9 @@ describe("schedules", function()
     assert.same({ 4, 4, 3, 3, 3, 2, 2, 2, 1, 1 }, at(slow, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10))
     local late = schedule.sparsify { from = 3, to = 2, start = 4, steps = 6 }
     assert.same({ 3, 3, 3, 2 }, at(late, 1, 4, 5, 6))
+    local between = schedule.sparsify { from = 5, start = 10, steps = 18 }
+    assert.same({ 5, 5, 4, 4, 3, 3, 2, 2, 1 }, at(between, 10, 11, 12, 13, 14, 15, 16, 17, 18))
+    assert.equal(1, schedule.sparsify({ from = 1, steps = 3 })(1))
     assert.equal("integer", math.type(slow(5)))
   end)
 
@@ -80,6 +83,10 @@ describe("schedules", function()
     assert.same({ 5, 9, 12, 9, 5 }, over({ pattern = "pyramid_up", mean = 8 }, 5))
     assert.same({ 12, 8, 4, 8, 12 }, over({ pattern = "pyramid_down", mean = 8.8, spread = 4.8 / 8.8 }, 5))
     assert.same({ 8, 12, 8, 4, 8 }, over({ pattern = "wave", mean = 8 }, 5))
+    assert.same({ 12, 4 }, over({ pattern = "descending", mean = 8 }, 2))
+    assert.same({ 8 }, over({ pattern = "wave", mean = 8 }, 1))
+    assert.close({ 8, 12, 8, 4, 8, 12, 8, 4, 8 }, over({ pattern = "wave", mean = 8, waves = 2, whole = false }, 9))
+    assert.same({ 1, 2 }, over({ pattern = "ascending", mean = 1.5, spread = 1 / 3 }, 2))
     for _, pattern in ipairs { "uniform", "descending", "ascending", "pyramid_up", "pyramid_down", "wave" } do
       for L = 1, 9 do
         for _, mean in ipairs { 2, 3.5, 8, 16 } do

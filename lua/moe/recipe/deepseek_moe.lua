@@ -12,8 +12,8 @@ local moe = require "moe"
 local M = {
   title = "DeepSeekMoE", paper = "arXiv 2401.06066", number = 155,
   claim = "m = 4 with a shared expert beats top-2 of 8 at equal parameters; losing its best experts hurts it more",
-  outcome = "loss reproduced: 2.57 against 2.66 (three seeds, 200 steps; 2.63 with normalised weights); loss of an eighth, the best "
-    .. "experts, not reproduced: + 0.20 against + 0.40 of the coarse layer",
+  outcome = "loss reproduced: 2.57 against 2.66 (three seeds, 200 steps; 2.63 with normalised weights); without an eighth of the "
+    .. "best experts, not reproduced: + 0.20 against + 0.40 of the coarse layer",
 }
 
 -- The group of each of E experts on D devices, as evenly as E allows.

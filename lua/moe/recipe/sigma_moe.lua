@@ -13,7 +13,7 @@ local moe = require "moe"
 local M = {
   title = "Sigma-MoE-Tiny", paper = "arXiv 2512.16248", number = 148,
   claim = "progressive k evens the load of the lowest layer better than k = 1 from the start, at no worse loss",
-  outcome = "loss reproduced: 2.51 against 2.60 (three seeds, 200 steps); balance of the lowest layer: busiest expert 4.1 against "
+  outcome = "loss reproduced: 2.51 against 2.60 (three seeds, 200 steps); lowest layer: busiest expert 4.1 against "
     .. "5.3 times the mean, but idle experts in both, and no gain after 500 steps; a loss near 1 at a skewed load: reproduced",
 }
 
