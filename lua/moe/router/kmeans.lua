@@ -36,18 +36,17 @@ end
 -- a copy: the centres move while a backward may still want them
 function KMeans:affinity(x) return Prototype.affinity(self, x, self.weight:clone()) end
 
--- The tokens that take part, as they are counted: unit vectors where angles decide.
+-- The tokens that take part (nil: all), and they as they are counted: unit vectors where angles decide.
 local function points(self, x, mask)
   x = self:input(x:detach()):to(self.weight.dtype)
-  if mask then x = x:index_select(1, mask:nonzero():reshape { -1 }) end
-  return self._options.metric == "cosine" and self.unit(x) or x
+  local which = mask and mask:nonzero():reshape { -1 }
+  if which then x = x:index_select(1, which) end
+  return which, self._options.metric == "cosine" and self.unit(x) or x
 end
 
--- Sum [E, d] and number [E] of the points nearest to each centre.
-local function clusters(self, x)
-  local near = Prototype.affinity(self, x):argmax(-1)
-  local sum = core.zeros_like(self.weight):index_add(1, near, x)
-  return sum, core.bincount(near, self.num_experts):to(x.dtype)
+-- Sum [E, d] and number [E] of the points x, which belong to the centres `near`.
+local function clusters(self, x, near)
+  return core.zeros_like(self.weight):index_add(1, near, x), core.bincount(near, self.num_experts):to(x.dtype)
 end
 
 local function move(self, sum, count, rate)
@@ -63,7 +62,7 @@ local function place(self, x)
   for e = 1, E do at[e] = (e - 1) * n // E + 1 end
   self.weight:copy_(x:index_select(1, core.tensor(at, { dtype = "i64", device = x.device })))
   for _ = 1, self._options.init_steps do
-    local sum, count = clusters(self, x)
+    local sum, count = clusters(self, x, Prototype.affinity(self, x):argmax(-1))
     move(self, sum, count, 1)
   end
   self.placed:fill_(1)
@@ -77,13 +76,16 @@ end
 function KMeans:route(x, ctx)
   self:ready()
   ctx = ctx or {}
-  local first = self.training and not moe.recomputing()
-  local seen = first and core.no_grad(points, self, x, ctx.mask)
-  if first then core.no_grad(learn, self, seen) end
+  local first, which, seen = self.training and not moe.recomputing(), nil, nil
+  if first then
+    which, seen = core.no_grad(points, self, x, ctx.mask)
+    core.no_grad(learn, self, seen)
+  end
   local routing = Prototype.route(self, x, ctx)
   if first then
     core.no_grad(function()
-      local sum, count = clusters(self, seen)
+      local near = (routing.clean_logits or routing.logits):argmax(-1)
+      local sum, count = clusters(self, seen, which and near:index_select(1, which) or near)
       self.seen_sum:copy_(sum)
       self.seen_count:copy_(count)
     end)
