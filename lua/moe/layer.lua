@@ -110,7 +110,10 @@ local function top_k_of(self) return type(self.router) ~= "function" and self.ro
 local function forced_choice(self, x, ctx)
   local force = ctx.choice or self.force
   if force == nil or core.is_tensor(force) then return force end
-  if force == "uniform" then return routers.uniform_choice(x:size(1), top_k_of(self), self.num_experts) end
+  if force == "uniform" then
+    if type(self.router) == "table" and self.router.follow then self.router:follow(ctx) end
+    return routers.uniform_choice(x:size(1), top_k_of(self), self.num_experts)
+  end
   if type(force) == "string" then error(("layer: unknown force '%s' (\"uniform\", an index tensor, or a function)"):format(force), 0) end
   return force(x, ctx)
 end

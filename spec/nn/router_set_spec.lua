@@ -46,6 +46,17 @@ describe("a router's top_k", function()
     assert.equal(1, r:route(x, { step = 1 }).index:size(2))
   end)
 
+  it("is that of the step for a forced choice too", function()
+    local layer = moe.layer {
+      d_model = 6, num_experts = 4, force = "uniform", router = moe.router.topk { top_k = function(step) return step end },
+      experts = moe.experts.mlp { intermediate_size = 3 },
+    }
+    for _, k in ipairs { 3, 1, 2 } do
+      local _, r = layer(x, { step = k })
+      assert.equal(5 * k, r.num_assignments)
+    end
+  end)
+
   it("is checked, and a refused one changes nothing", function()
     local r = router { top_k = 2, norm_topk_prob = true }
     assert.matches("router.topk: top_k is 5, but there are 4 experts", helper.error_of(function() r:set { top_k = 5 } end))

@@ -4,7 +4,7 @@
 -- At perfect balance switch is 1 x its coefficient; importance, load and latency are 0; the other forms say what they are.
 --
 -- Anything that answers loss(routing, ctx, state) will do, a plain function too; nil means "nothing to add". `state` is a
--- table that belongs to the layer; `loss:start(state, num_experts)`, where it is there, fills it once. One with
+-- table that belongs to the layer; `loss:start(state, num_experts, layer)`, where it is there, fills it once. One with
 -- `loss:observe(routing, ctx, state)` sees every first training forward, and one with `loss:after_step(layer, state, ctx)`
 -- is called once an optimizer step: see selection_bias. ctx is what the layer was called with, and layer, x [T, d_model], shape.
 

@@ -71,8 +71,8 @@ function TopK:changed(o)
   if self._call and type(o.top_k) ~= "function" then choose(self, o.top_k) end
 end
 
--- top_k of a schedule, or as someone has set the field.
-local function follow(self, ctx)
+-- Takes over top_k of a schedule, or as someone has set the field.
+function TopK:follow(ctx)
   local f = self._options.top_k
   local k = self.top_k
   if type(f) == "function" and ctx.step then k = f(ctx.step, ctx.layer_number) end
@@ -83,7 +83,7 @@ end
 function TopK:route(x, ctx)
   self:ready()
   ctx = ctx or {}
-  follow(self, ctx)
+  self:follow(ctx)
   local call = self._call
   local logits, clean, std = self:logits(x, ctx)
   call.bias, call.mask, call.choice = self.expert_bias, ctx.mask, ctx.choice
