@@ -21,7 +21,8 @@ end
 
 describe("mixture of heads", function()
   for name, o in pairs {
-    plain = {}, ["grouped keys"] = { num_kv_heads = 2 }, ["both ways"] = { causal = false },
+    plain = {}, ["grouped keys"] = { num_kv_heads = 2 }, ["both ways"] = { causal = false }, ["keys of the chosen"] = { keys = "chosen" },
+    ["keys of the chosen, both ways"] = { keys = "chosen", causal = false },
   } do
     it("with every head on and weights of 1 is plain attention, forward and backward: " .. name, function()
       local plain, moh = pair(o)
@@ -76,6 +77,31 @@ describe("mixture of heads", function()
       end
     end
     assert.close(want, (moh(x)), EXACT)
+  end)
+
+  it("attends among the chosen alone where keys are theirs", function()
+    moe.manual_seed(12)
+    local index = i64 { { 1, 2 }, { 2, 0 }, { 1, 0 }, { 0, 0 }, { 1, 2 }, { 1, 0 } }
+    local m = moe.mixer.mixture_of_heads { d_model = 6, num_heads = 2, head_dim = 4, keys = "chosen", rope = true, dtype = "f64",
+      router = function() return moe.routing.topk(index, nil, 2) end }
+    local x = rand(2, 3, 6)
+    x.requires_grad = true
+    local want = moe.zeros({ 2, 3, 6 }, { dtype = "f64" })
+    for b, heads in ipairs { { { 1, 3 }, { 1, 2 } }, { { 2, 3 }, { 2 } } } do
+      for h, at in ipairs(heads) do
+        local positions = i64(at)
+        local rows = x[b]:index_select(1, positions):detach()
+        local k, v = rows:linear(m.experts.kv_proj[h]):split(4, 2)
+        local function head(t) return t:reshape { 1, 1, #at, 4 } end
+        local q = head(rows:linear(m.experts.q_proj[h])):rope(positions - 1)
+        local y = moe.attention(q, head(k):rope(positions - 1), head(v), { causal = true }):reshape { #at, 4 }:linear(m.experts.o_proj[h])
+        for i, t in ipairs(at) do want[b][t]:add_(y[i]:detach()) end
+      end
+    end
+    assert.close(want, (m(x)), EXACT)
+    assert(moe.gradcheck(function(input) return (m(input)):sin():sum() end, { x, m.experts.kv_proj, m.experts.q_proj }))
+    assert.truthy(helper.error_of(m, x, {}):find("takes neither a state", 1, true))
+    assert.truthy(helper.error_of(m.state, m, 1):find("has no state", 1, true))
   end)
 
   it("does work for the chosen alone", function()

@@ -20,6 +20,7 @@ function Bank:init(o)
   local width = o.heads_per_expert * o.head_dim
   self.q_proj = base.parameter(o, { o.num_experts, width, o.d_model }, o.init, o.d_model)
   self.o_proj = base.parameter(o, { o.num_experts, o.d_model, width }, o.init, width)
+  if o.keys == "chosen" then self.kv_proj = base.parameter(o, { o.num_experts, 2 * width, o.d_model }, o.init, o.d_model) end
 end
 
 local KIND <const> = {
@@ -46,27 +47,33 @@ function Bank:forward(x, routing, ctx)
   local rank = core.arange(0, A - 1):to "i64" - (count:cumsum(1) - count):index_select(1, run + 1)
   local slot = cell * most + rank + 1
 
-  local q = routing:linear(routing:gather(x), self.q_proj)
-  if o.rope then
+  local rows = routing:gather(x)
+  local function turned(t) -- [A, n D], by each row's own position
+    if not o.rope then return t end
     local positions = keys.position and keys.position:index_select(1, time + 1) or time + keys.past
-    q = q:reshape { A, n, D }:transpose(1, 2):rope(positions, { base = o.rope_base }):transpose(1, 2):reshape { A, n * D }
+    return t:reshape { A, n, D }:transpose(1, 2):rope(positions, { base = o.rope_base }):transpose(1, 2):reshape { A, n * D }
   end
-  q = core.zeros({ B * E * most, n * D }, { dtype = q.dtype, device = q.device }):index_copy(1, slot, q)
-  local function by_head(t) -- [B E most, n d] -> [B, n E, most, d]
+  local function by_head(t) -- rows [A, n d] -> [B, n E, most, d]
+    t = core.zeros({ B * E * most, t:size(2) }, { dtype = t.dtype, device = t.device }):index_copy(1, slot, t)
     return t:reshape { B, E, most, n, -1 }:permute { 1, 4, 2, 3, 5 }:reshape { B, n * E, most, -1 }
   end
-  local seen = o.causal and time + (1 + keys.past) or time * 0 + keys.k:size(3)
+  local q, k, v = by_head(turned(routing:linear(rows, self.q_proj))), keys.k, keys.v
+  local seen = o.causal and time + (1 + keys.past) or time * 0 + (k and k:size(3) or 0)
+  if self.kv_proj then -- the keys of those that chose the head, in their order
+    local kv = routing:linear(rows, self.kv_proj)
+    k, v = by_head(turned(kv:narrow(2, 1, n * D))), by_head(kv:narrow(2, n * D + 1, n * D))
+    seen = o.causal and rank + 1 or count:index_select(1, run + 1)
+  end
   if o.attention == "stick_breaking" then seen = seen - 1 end -- strictly before
-  seen = core.zeros({ B * E * most }, { dtype = "i64" }):index_copy(1, slot, seen:clamp(0))
-  seen = by_head(seen:reshape { -1, 1 }:expand { B * E * most, n }):reshape { B, n * E, most }
+  seen = by_head(seen:clamp(0):reshape { A, 1 }:expand { A, n }):reshape { B, n * E, most }
   local mask = keys.mask
   if mask then -- [B, T, S] rows follow their queries
     local S = mask:size(3)
-    local rows = mask:reshape { B * T, S }:index_select(1, token + 1)
-    rows = core.zeros({ B * E * most, S }, { dtype = mask.dtype }):index_copy(1, slot, rows)
-    mask = rows:reshape { B, 1, E, most, S }:expand { B, n, E, most, S }:reshape { B, n * E, most, S }
+    mask = mask:reshape { B * T, S }:index_select(1, token + 1)
+    mask = core.zeros({ B * E * most, S }, { dtype = mask.dtype }):index_copy(1, slot, mask)
+    mask = mask:reshape { B, 1, E, most, S }:expand { B, n, E, most, S }:reshape { B, n * E, most, S }
   end
-  local y = KIND[o.attention](by_head(q), keys.k, keys.v, { seen = seen, mask = mask })
+  local y = KIND[o.attention](q, k, v, { seen = seen, mask = mask })
   y = y:reshape { B, n, E, most, D }:permute { 1, 3, 4, 2, 5 }:reshape { B * E * most, n * D }:index_select(1, slot)
   return routing:combine(routing:linear(y, self.o_proj))
 end
@@ -90,7 +97,7 @@ local LAYER <const> = {
 local HEADS <const> = {
   d_model = { "integer", options.required }, head_dim = { "integer" }, num_kv_heads = { "integer" }, top_k = { "integer" },
   attention = { { "softmax", "stick_breaking" }, "softmax" }, causal = { "boolean", true }, rope = { "boolean", false },
-  rope_base = { "number", 10000 }, init = { "string|number|function" },
+  keys = { { "all", "chosen" }, "all" }, rope_base = { "number", 10000 }, init = { "string|number|function" },
 }
 
 local function rows_with(own)
@@ -110,11 +117,16 @@ function Mixer:setup(name, o)
     error(("%s: num_kv_heads = %d does not divide the %d heads of %d experts"):format(name, o.num_kv_heads,
       o.heads_per_expert * o.num_experts, o.num_experts), 4)
   end
+  if o.keys == "chosen" and o.num_kv_heads ~= o.heads_per_expert * o.num_experts then
+    error(("%s: keys = \"chosen\" gives every head its own: num_kv_heads must be %d, got %d"):format(name,
+      o.heads_per_expert * o.num_experts, o.num_kv_heads), 4)
+  end
   if o.rope and o.head_dim % 2 ~= 0 then error(("%s: rope turns pairs: head_dim must be even, got %d"):format(name, o.head_dim), 4) end
   local settings = { d_model = o.d_model, num_experts = o.num_experts, experts = Bank(o) }
   for k in pairs(LAYER) do settings[k] = o[k] end
   moe.layer.init(self, settings)
   self._heads = o
+  if o.keys == "chosen" then return end
   local size = { in_features = o.d_model, out_features = 2 * o.num_kv_heads * o.head_dim, bias = false }
   self.kv_proj = nn.linear(size)
   if o.init ~= nil then nn.init.apply(self.kv_proj.weight:detach(), o.init) end
@@ -139,6 +151,7 @@ function Mixer:forward(x, state, ctx)
       shape and "[" .. table.concat(shape, ", ") .. "]" or "a " .. type(x)), 2)
   end
   local B, T, kv, D = shape[1], shape[2], o.num_kv_heads, o.head_dim
+  if o.keys == "chosen" then return self:among_chosen(x, state, ctx) end
   local k, v = self.kv_proj(x):reshape { B, T, 2, kv, D }:permute { 3, 1, 4, 2, 5 }:unbind(1)
   local past = state and state.k:size(3) or 0
   local keys = { past = past }
@@ -161,11 +174,25 @@ function Mixer:forward(x, state, ctx)
   return y, after, routing
 end
 
+-- Each head among the tokens that chose it: sequences start anew, for what a state would hold differs from head to head.
+function Mixer:among_chosen(x, state, ctx)
+  local name = getmetatable(self).__name
+  if state or ctx and (ctx.cu_seqlens or ctx.attn_mask) then
+    error(name .. ": keys = \"chosen\" takes neither a state nor cu_seqlens nor attn_mask", 3)
+  end
+  ctx = ctx or {}
+  local inner = setmetatable({ keys = { past = 0 } }, { __index = ctx })
+  local y, routing = moe.layer.forward(self, x, inner)
+  ctx.routing, ctx.routings = inner.routing, inner.routings
+  return y, nil, routing
+end
+
 -- After prune and extend.
 function Mixer:resized() self._heads = self.experts._options end
 
 --- The empty state of a batch: keys and values so far, [batch, num_kv_heads, time, head_dim].
 function Mixer:state(batch)
+  if not self.kv_proj then error(getmetatable(self).__name .. ": keys = \"chosen\" has no state", 2) end
   local o, like = self._heads, { dtype = self.kv_proj.weight.dtype, device = self.kv_proj.weight.device }
   local size = { batch or 1, o.num_kv_heads, 0, o.head_dim }
   return { k = core.zeros(size, like), v = core.zeros(size, like) }
@@ -182,7 +209,12 @@ function Mixer:copy_from(attention)
   end
   core.no_grad(function()
     self.experts.q_proj:copy_(qkv:narrow(1, 1, E * D):reshape { E, D, o.d_model })
-    self.kv_proj.weight:copy_(qkv:narrow(1, E * D + 1, 2 * kv * D))
+    local keys = qkv:narrow(1, E * D + 1, 2 * kv * D)
+    if self.kv_proj then
+      self.kv_proj.weight:copy_(keys)
+    else
+      self.experts.kv_proj:copy_(keys:reshape { 2, E, D, o.d_model }:transpose(1, 2):reshape { E, 2 * D, o.d_model })
+    end
     self.experts.o_proj:copy_(out:reshape { o.d_model, E, D }:permute { 2, 1, 3 })
   end)
   return self
@@ -195,8 +227,10 @@ end
 -- state k, v [batch, num_kv_heads, time, head_dim]. A moe.layer: its methods, balance losses, capacity and statistics, and
 -- ctx.mask, attn_mask, cu_seqlens. copy_from(attention). Options: d_model, num_heads, top_k (num_heads // 2), num_shared (0),
 -- num_kv_heads (num_heads), head_dim (d_model / num_heads), causal (true), rope, rope_base, attention ("softmax",
--- "stick_breaking"), init, and those of moe.layer. Parameters router.*, experts.q_proj [H, D, d], experts.o_proj [H, d, D],
--- kv_proj.weight [2 kv D, d]. Jin et al. 2024 (arXiv 2410.11842, eq. 2-6).
+-- "stick_breaking"), init, keys, and those of moe.layer. keys = "chosen" (default "all"): a head attends among the tokens that chose
+-- it, and keys and values are made of those alone (experts.kv_proj [H, 2 D, d]; no state). Parameters router.*,
+-- experts.q_proj [H, D, d], experts.o_proj [H, d, D], kv_proj.weight [2 kv D, d].
+-- Jin et al. 2024 (arXiv 2410.11842, eq. 2-6); keys of the chosen: Yang et al. 2025 (arXiv 2503.02495).
 local MoH = nn.module("mixture_of_heads", Mixer)
 local MOH <const> = rows_with { num_heads = { "integer", options.required }, num_shared = { "integer" } }
 
@@ -233,7 +267,7 @@ function MoA:init(given)
   local k = o.top_k or math.min(2, o.num_experts)
   o.router = o.router or moe.router.topk { top_k = k }
   o.head_dim = o.head_dim or math.max(1, o.d_model // math.max(1, k * o.heads_per_expert))
-  o.num_kv_heads = o.num_kv_heads or o.heads_per_expert
+  o.num_kv_heads = o.num_kv_heads or o.heads_per_expert * (o.keys == "chosen" and o.num_experts or 1)
   self:setup("mixture_of_attention", o)
 end
 
