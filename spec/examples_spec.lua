@@ -48,6 +48,40 @@ describe("examples", function()
     assert.truthy(lines < 20)
   end)
 
+  it("recipes.lua lists, shows, runs and compares", function()
+    local text, ok = lua "examples/recipes.lua"
+    assert.truthy(ok, text)
+    for _, name in ipairs(moe.recipe.names()) do assert.truthy(text:find("\n" .. name, 1, true) or text:find(name, 1, true) == 1, name) end
+    text, ok = lua "examples/recipes.lua show deepseek_moe"
+    assert.truthy(ok, text)
+    assert.matches("Outcome: ", text)
+    local small = " --steps 4 --d_model 16 --num_heads 2 --seq_len 16 --batch_size 2 --intermediate_size 8 --num_experts 4"
+    text, ok = lua("examples/recipes.lua run topk" .. small)
+    assert.truthy(ok, text)
+    assert.matches("held%-out loss %d", text)
+    assert.matches("share of the load over the training\n1 |", text)
+    text, ok = lua("examples/recipes.lua compare dense topk --seeds 1,2" .. small)
+    assert.truthy(ok, text)
+    assert.matches("topk +%d%.%d+ %+%- %d%.%d+ +%d+ +%d+", text)
+    text, ok = lua "examples/recipes.lua run nothing"
+    assert.falsy(ok)
+    assert.matches("there is no recipe 'nothing'", text)
+  end)
+
+  it("pictures.lua draws the pictures of the README", function()
+    if not os.execute "gnuplot --version >/dev/null 2>&1" then return pending "gnuplot is not installed" end
+    local dir = os.tmpname()
+    os.remove(dir)
+    finally(function() os.execute("rm -rf '" .. dir .. "'") end)
+    local text, ok = run(("MOE_STEPS=4 lua5.4 examples/pictures.lua '%s'"):format(dir))
+    assert.truthy(ok, text)
+    for _, name in ipairs { "load.svg", "specialisation.svg" } do
+      local file = assert(io.open(dir .. "/" .. name))
+      assert.matches("</svg>", file:read "a")
+      file:close()
+    end
+  end)
+
   it("embed: a C host with two threads, a state each", function()
     local core = assert(package.searchpath("moe.core", package.cpath))
     local program = core:gsub("moe/core%.%w+$", "examples/embed/embed")
