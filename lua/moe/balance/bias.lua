@@ -31,10 +31,10 @@ function Bias:after_step(layer, state)
   end)
 end
 
---- Balance without a loss: after each optimizer step the selection bias of an expert moves by `rate` towards the mean load,
--- b_e <- b_e + rate * sign(mean load - load_e), the load being that of all forwards of the step, before capacity. rate: a
--- number, or a function of the step. Needs a router with selection_bias = true; moe.layer's `bias_update_rate` sets up both.
--- (Wang et al. 2024, arXiv 2408.15664, algorithm 1.)
+--- Balance without a loss, by the selection bias of the router. After each optimizer step the selection bias of an expert
+-- moves by `rate` towards the mean load, b_e <- b_e + rate * sign(mean load - load_e), the load being that of all forwards of
+-- the step, before capacity. rate: a number, or a function of the step. Needs a router with selection_bias = true;
+-- moe.layer's `bias_update_rate` sets up both. (Wang et al. 2024, arXiv 2408.15664, algorithm 1.)
 function M.selection_bias(rate)
   if type(rate) ~= "number" and type(rate) ~= "function" then
     error("loss.selection_bias: argument 1 (rate) must be a number or a function of the step, got a " .. type(rate), 2)

@@ -24,12 +24,12 @@ local function input_of(ctx, name)
   return ctx.x
 end
 
---- The routing contrastive loss: an expert's prototype is pulled to the mean of its tokens and pushed from the means of the
--- other experts' tokens. With c_ij = cos(prototype_i, mean_j) / temperature it is
--- mean over experts i with tokens of logsumexp_j(c_ij) - c_ii, j over experts with tokens. log(number of such experts) when
--- all means (or all prototypes) are alike, near 0 when they are well apart, 0 for one. Tokens and prototypes have gradients.
--- Options: temperature; prototypes, a function (layer) -> [E, d_model], the rows of the router's weight when absent.
--- (Wei et al. 2025, ProMoE, arXiv 2510.24711.)
+--- The routing contrastive loss, by which an expert's prototype is pulled to the mean of its tokens and pushed from the means
+-- of the other experts' tokens. With c_ij = cos(prototype_i, mean_j) / temperature it is mean over experts i with tokens of
+-- logsumexp_j(c_ij) - c_ii, j over experts with tokens. log(number of such experts) when all means (or all prototypes) are
+-- alike, near 0 when they are well apart, 0 for one. Tokens and prototypes have gradients. Options: temperature; prototypes,
+-- a function (layer) -> [E, d_model], the rows of the router's weight when absent. (Wei et al. 2025, ProMoE, arXiv
+-- 2510.24711.)
 function M.contrastive(coef, given)
   local o = base.read("contrastive", given, CONTRASTIVE)
   if o.temperature ~= o.temperature or o.temperature <= 0 then
@@ -89,7 +89,7 @@ local function outputs(routing, ctx, layer, limit)
   return unit(y:reshape { n, k, y:size(2) }), (chosen * (chosen - 1)):sum():item()
 end
 
---- The overlap of experts: the mean squared cosine, 1 when experts are alike, 0 when they are orthogonal.
+--- The overlap of experts, a mean squared cosine, 1 when experts are alike, 0 when they are orthogonal.
 -- of = "outputs": between what a token's experts compute of it, over all pairs of them; it costs a second pass of the
 -- experts, over `tokens` evenly spread tokens where that is given. (Guo et al. 2025, "Advancing Expert Specialization",
 -- arXiv 2505.22323, which adds up projections; squared cosines do not reward short outputs.) Takes routing.index [T, k], k > 1.

@@ -11,7 +11,7 @@ local MUTUAL <const> = { by = { { "token", "task" }, "token" } }
 -- The mean probability of each expert [E].
 local function marginal(probs, real) return probs:sum(1) / math.max(real, 1) end
 
---- The mean entropy of a token's probabilities: mean over tokens of -sum_e p log p. log E when undecided, 0 when certain. A
+--- The mean entropy of a token's probabilities, mean over tokens of -sum_e p log p. log E when undecided, 0 when certain. A
 -- negative coefficient raises it. Takes routing.probs [T, E].
 -- (Huang et al. 2024, "Harder Tasks Need More Experts", arXiv 2403.07652: lowered, it keeps the sets of top-p small.)
 function M.entropy(coef, given)
@@ -37,7 +37,7 @@ local function tasks(ctx, T)
   return ids:reshape { n, 1 }:expand { n, T // n }:reshape { T }
 end
 
---- The negative mutual information of experts and tokens: E[H(m given x)] - H(m), with H(m) the entropy of the mean
+--- The negative mutual information of experts and tokens. It is E[H(m given x)] - H(m), with H(m) the entropy of the mean
 -- probabilities and H(m given x) that of a token's. 0 when all tokens have the same probabilities (even or collapsed), -log E
 -- at best: each token certain, all experts used alike. Takes routing.probs [T, E].
 -- (Shen et al. 2023, ModuleFormer, arXiv 2306.04640.)
@@ -59,7 +59,7 @@ function M.mutual_information(coef, given)
   end)
 end
 
---- The entropy of the mean probabilities, H(m) = -sum_e P_e log P_e: lowered in finetuning, it gathers the work on few
+--- The entropy of the mean probabilities, H(m) = -sum_e P_e log P_e. Lowered in finetuning, it gathers the work on few
 -- experts, so that the others can be pruned. log E when even, 0 when one has all. Takes routing.probs [T, E].
 -- (Shen et al. 2023, ModuleFormer, arXiv 2306.04640.)
 function M.load_concentration(coef, given)

@@ -6,7 +6,7 @@ local M = {}
 
 local NONE <const> = {}
 
---- The router z-loss: mean over tokens of logsumexp(logits)^2; keeps logits small. (log E)^2 at zero logits. Takes
+--- The router z-loss, mean over tokens of logsumexp(logits)^2. It keeps logits small. (log E)^2 at zero logits. Takes
 -- routing.logits [T, E]. (Zoph et al. 2022, ST-MoE, arXiv 2202.08906, eq. 5.)
 function M.z(coef, given)
   base.read("z", given, NONE)
@@ -16,7 +16,7 @@ function M.z(coef, given)
   end)
 end
 
---- The L1 norm of the gates: mean over tokens of the sum of |weight|, for routers whose zeros are learned (relu, sigmoid).
+--- The L1 norm of the gates, mean over tokens of the sum of |weight|, for routers whose zeros are learned (relu, sigmoid).
 -- The share of experts at work falls as the coefficient rises; that of a router whose weights sum to 1 is constant.
 -- Takes routing.weight. (Wang et al. 2024, ReMoE, arXiv 2412.14711, there with a coefficient that adapts.)
 function M.gate_l1(coef, given)

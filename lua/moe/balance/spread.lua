@@ -43,14 +43,14 @@ local function load_of(routing, name)
   return chosen_load(routing, name)
 end
 
---- The importance loss: CV^2 of the experts' summed weights, CV^2(v) = mean((v - mean v)^2) / (mean v)^2. 0 when they are even,
+--- The importance loss, CV^2 of the experts' summed weights. CV^2(v) = mean((v - mean v)^2) / (mean v)^2. 0 when they are even,
 -- E/k - 1 when k experts share all. Takes routing.weight. (Shazeer et al. 2017, arXiv 1701.06538, eq. 6 and 7.)
 function M.importance(coef, given)
   base.read("importance", given, NONE)
   return base.make("importance", coef, 0.01, function(routing) return base.variation(importance_of(routing)) end)
 end
 
---- The load loss: CV^2 of the experts' load, in a form that has a gradient. 0 when even.
+--- The load loss, CV^2 of the experts' load, in a form that has a gradient. 0 when even.
 -- Where the router has noise: load_e = sum over tokens of Phi((clean_e - kth best of the other noisy logits) / std_e), the
 -- chance to be chosen if the noise of e alone were drawn again (Shazeer et al. 2017, arXiv 1701.06538, eq. 8 to 11; Phi:
 -- the normal distribution function). Takes routing.clean_logits, logits, noise_std [T, E] and top_k, as moe.router.topk with
@@ -61,7 +61,7 @@ function M.load(coef, given)
   return base.make("load", coef, 0.01, function(routing) return base.variation(load_of(routing, "load")) end)
 end
 
---- The balance of time instead of tokens, for experts of unequal cost: CV^2(a * importance) + CV^2(a * load), where
+--- The balance of time instead of tokens, for experts of unequal cost. It is CV^2(a * importance) + CV^2(a * load), where
 -- a_e = cost_e / sum of cost. 0 when each expert's share is inverse to its cost. Options: cost, a list of one positive number
 -- an expert (seconds, operations, bytes: only ratios count); on = "importance" or "load" for one term alone. The load is that of
 -- moe.loss.load. (You et al. 2023, ShiftAddViT, arXiv 2306.06446.)

@@ -52,7 +52,7 @@ end
 
 local M = {}
 
---- The balance loss of Switch and GShard: E * sum over experts of f_e * P_e, where f_e is the share of all assignments (before
+--- The balance loss of Switch and GShard, E * sum over experts of f_e * P_e. Here f_e is the share of all assignments (before
 -- capacity) that went to expert e and P_e the mean of its probability, both over the tokens that take part. 1 at
 -- balance, E/k when k experts take all. Only P has a gradient. Takes routing.probs [T, E].
 -- (Fedus et al. 2021, arXiv 2101.03961, eq. 4 to 6; Lepikhin et al. 2020, arXiv 2006.16668.)
@@ -87,8 +87,8 @@ function M.switch(coef, given)
       demand = moe.recomputing() and state.count:reshape { 1, E } or demand + state.count:reshape { 1, E }
     end
     demand = demand:to(dtype)
-    -- rows of probs sum to 1: the mass of a sequence is the number of its tokens that take part
-    local share = mass / mass:detach():sum(-1, true):clamp(1e-20)
+    local tokens = routing.mask and routing.mask:reshape { batch, -1 }:to(dtype):sum(-1, true):clamp(1)
+    local share = mass / (tokens or routing.num_tokens // batch)
     local count = demand:sum(-1, true)
     local load = demand / count:clamp(1)
     if batch > 1 then batch = math.max(1, math.tointeger(count:gt(0):sum():item())) end -- sequences that have tokens

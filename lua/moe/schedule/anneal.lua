@@ -42,7 +42,7 @@ function M.anneal(given)
   end
 end
 
---- The value of the last stage that has begun: stages{ { 1, 4 }, { 500, 2 }, { 900, 1 } } is 4 up to step 499, then 2, then 1
+--- The value of the last stage that has begun. stages{ { 1, 4 }, { 500, 2 }, { 900, 1 } } is 4 up to step 499, then 2, then 1
 -- from step 900 on. The first stage counts from the beginning. A value may be anything.
 function M.stages(list)
   if type(list) ~= "table" or #list == 0 then error("schedule.stages: wants a list of { step, value }", 2) end
@@ -68,7 +68,7 @@ local SPARSIFY <const> = {
   start = { "number" },
 }
 
---- Progressive sparsification: the experts of a token, a function (step, layer), for `top_k` of a router. `from` up to the
+--- Progressive sparsification of the experts of a token, a function (step, layer), for `top_k` of a router. `from` up to the
 -- step `start`, `to` from the step `steps` on; between them whole numbers for equally many steps each. Without `start` it is
 -- one switch at `steps`. from: a number, or a list by layer; layers beyond the list have `to` throughout: balance breaks down
 -- in the lowest layers, which begin with more. (Sigma-MoE-Tiny, arXiv 2512.16248, which switches late in training.)
@@ -96,8 +96,8 @@ function M.sparsify(given)
   end
 end
 
---- What an option that may be a schedule is now: itself, or, of a function, its value at ctx.step and ctx.layer_number. `name` is
--- for the error where ctx has no step.
+--- What an option that may be a schedule is now. It is itself, or, of a function, its value at ctx.step and ctx.layer_number.
+-- `name` is for the error where ctx has no step.
 function M.now(value, ctx, name)
   if type(value) ~= "function" then return value end
   if not (ctx and ctx.step) then error((name or "schedule.now") .. " is a function of the step, but ctx has no step", 0) end

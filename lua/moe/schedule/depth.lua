@@ -69,7 +69,7 @@ local function round_all(v)
   return out
 end
 
---- How many experts a layer has (or may use), a function (layer, num_layers): mean * (1 + spread * s), where s runs in [-1,
+--- How many experts a layer has (or may use), a function (layer, num_layers). It is mean * (1 + spread * s), where s runs in [-1,
 -- 1] after the pattern and has mean 0, so that the total over the layers is num_layers * mean in each pattern. Patterns over
 -- the depth: "uniform", "descending", "ascending", "pyramid_up" (most in the middle), "pyramid_down" (fewest in the middle),
 -- "wave" (`waves` periods of a sine). Whole numbers that keep the (rounded) total, or with whole = false shares. (The six
@@ -95,7 +95,7 @@ local DEPTH <const> = {
   shape = { { "linear", "exponential", "cosine" }, "linear" }, whole = { "boolean", false },
 }
 
---- From one value in the lowest layer to another in the highest, a function (layer, num_layers): linear, exponential or by
+--- From one value in the lowest layer to another in the highest, a function (layer, num_layers). Linear, exponential or by
 -- half a cosine.
 function M.depth(given)
   local o = options.read("schedule.depth", given, DEPTH)
@@ -109,7 +109,7 @@ end
 
 local SHIFTED <const> = { shift = { "number", 0 }, least = { "number", 0 } }
 
---- The share of tokens that a layer keeps, a function (layer, num_layers): (1 + cos(pi p)) / 2 + shift, held in [least, 1],
+--- The share of tokens that a layer keeps, a function (layer, num_layers). It is (1 + cos(pi p)) / 2 + shift, held in [least, 1],
 -- with p = 0 in the lowest layer and 1 in the highest. `shift` moves the cost of all layers together: their mean is 1/2 +
 -- shift where nothing is cut off. (Zhang et al. 2024, p-MoD, arXiv 2412.04449: a ratio that decays with the depth.)
 function M.shifted_cosine(given)
@@ -123,7 +123,7 @@ end
 
 local EVERY <const> = { every = { "integer", 2 }, share = { "number", 0.125 } }
 
---- The share of tokens that a layer works on when every n-th layer is sparse, a function (layer): `share` in the layers
+--- The share of tokens that a layer works on when every n-th layer is sparse, a function (layer). It is `share` in the layers
 -- every, 2 every, .., and 1 in the others. (Raposo et al. 2024, mixture of depths, arXiv 2404.02258: an eighth of the tokens
 -- in every other layer.)
 function M.alternate(given)
@@ -138,7 +138,7 @@ end
 
 local PRUNE <const> = { at = { "table", options.required }, keep = { "number", 0.7 } }
 
---- The share of tokens that are left when some layers prune, a function (layer): keep^(layers of `at` up to this one).
+--- The share of tokens that are left when some layers prune, a function (layer). It is keep^(layers of `at` up to this one).
 -- (Rao et al. 2021, DynamicViT, arXiv 2106.02034: 0.7 after each of three layers.)
 function M.prune(given)
   local o = options.read("schedule.prune", given, PRUNE)
