@@ -7,9 +7,9 @@ local beside = require "moe.experts.beside"
 
 --- Low-rank experts: y = base(x) + scale * sum over a token's experts of g_e B_e A_e x. Parameters lora_A [E, rank, d_model],
 -- from U(-r, r), r = 1 / sqrt(d_model), unless `init` says otherwise, and lora_B [E, d_out, rank], 0: at the start y is base(x).
--- One expert without a routing is plain LoRA.
+-- One expert without a routing is plain LoRA. bank:delta(e) is scale * B_e A_e; bank:merge(e) gives the base with expert e in it.
 -- Options: rank; alpha (default: rank), scale (default: alpha / rank); base: a module or a weight [d_out, d_model], frozen
--- when taken (absent: the sum alone, for a layer's `shared`); init, d_out; d_model and num_experts (one) for a bank of its own.
+-- when taken (absent: the sum alone); init, d_out; d_model and num_experts (one) for a bank of its own.
 -- Hu et al. 2021 (arXiv 2106.09685, eq. 3); as experts: Zadouri et al. 2023 (arXiv 2309.05444).
 local Lora = nn.module("lora", beside.Beside)
 
