@@ -105,8 +105,11 @@ describe("balance losses", function()
     assert.close(0.01, loss.diversity(nil, { of = "weights" })(r, { layer = { experts = { down_proj = moe.ones(2, 3, F64) } } }))
     -- two sequences of one token, each collapsed in itself
     assert.close(4, loss.switch(1, { by = "sequence" })(routed({ { 1 }, { 2 } }, CERTAIN:narrow(1, 1, 2)), { shape = { 2, 1 } }))
+    -- tokens whose probabilities are nil count in the mean
+    assert.close(1, loss.switch(1)(routed({ { 1 }, { 2 } }, f64 { { 1, 0, 0, 0 }, { 0, 0, 0, 0 } })))
     -- one loss for routings of several sizes and types
     local one = loss.switch(1, { groups = 1 })
+    assert.close(1, moe.scope(function() return one(routed(EVEN, uniform)):item() end))
     assert.close(1, one(routed(EVEN, uniform)))
     assert.close(1, one(routed(EVEN, uniform:to "f32")))
     assert.close(1, one(routed({ { 8 } }, moe.full({ 1, 8 }, 1 / 8), { num_experts = 8 })))

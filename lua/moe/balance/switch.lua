@@ -16,9 +16,9 @@ local function sequence_demand(routing, batch, T)
   return core.bincount(cell, batch * E):reshape { batch, E }
 end
 
--- groups: their number (equal, consecutive), or the group of each expert -> { member [E, D] of 0 and 1, scale [D] = E over
--- the experts of a group }, made once for a number of experts.
-local function membership(groups, E, dtype)
+-- groups: their number (equal, consecutive), or the group of each expert -> lists member [E, D] of 0 and 1, scale [D] = E over
+-- the experts of a group.
+local function membership(groups, E)
   local of, n = {}, 0
   if type(groups) == "table" then
     if #groups ~= E then error(("loss.switch: groups lists %d experts, the routing has %d"):format(#groups, E), 0) end
@@ -46,8 +46,7 @@ local function membership(groups, E, dtype)
     if count[g] == 0 then error(("loss.switch: no expert is in group %d of %d"):format(g, n), 0) end
     count[g] = E / count[g]
   end
-  local as = { dtype = dtype }
-  return { member = core.tensor(rows, as), scale = core.tensor(count, as), dtype = dtype, experts = E }
+  return { member = rows, scale = count, experts = E }
 end
 
 local M = {}
@@ -66,7 +65,7 @@ local M = {}
 -- "k" multiplies by the experts a token has, the form of Hugging Face's models: k at balance.
 function M.switch(coef, given)
   local o = base.read("switch", given, ROWS)
-  local known -- the groups as tensors
+  local known -- the groups as lists: tensors made in a forward may not outlive it (moe.scope)
   local loss = base.make("switch", coef, 0.01, function(routing, ctx, state)
     local probs, real = base.probabilities(routing, "switch")
     local E, dtype = routing.num_experts, probs.dtype
@@ -94,8 +93,10 @@ function M.switch(coef, given)
     if batch > 1 then batch = math.max(1, math.tointeger(count:gt(0):sum():item())) end -- sequences that have tokens
     local value
     if o.groups then
-      if not known or known.dtype ~= dtype or known.experts ~= E then known = membership(o.groups, E, dtype) end
-      value = (load:matmul(known.member) * known.scale * share:matmul(known.member)):sum() / batch
+      if not known or known.experts ~= E then known = membership(o.groups, E) end
+      local as = { dtype = dtype, device = probs.device }
+      local member, scale = core.tensor(known.member, as), core.tensor(known.scale, as)
+      value = (load:matmul(member) * scale * share:matmul(member)):sum() / batch
     else
       value = (load * share):sum() * (E / batch)
     end
