@@ -10,7 +10,8 @@ local routings = require "moe.routing"
 -- C = softmax over the slots; slots = D^T X, Y = C experts(slots). Nothing is dropped and nothing needs balancing; the cost
 -- follows the slots, whatever the number of experts. Parameters weight (Phi) [S, d_model] and, with `normalize` (default true:
 -- l2 norm of every token and of every row of Phi), scale [1].
--- Options: slots (of each expert, default 1), normalize, init. Where ctx.shape has a batch, each sequence is
+-- Options: slots (of each expert, default 1), normalize, scale (its start, default 1: slots that are near to the mean of all
+-- tokens; short trainings want more), init. Where ctx.shape has a batch, each sequence is
 -- mixed by itself. A masked token is in no slot and gets 0. routing.dispatch, routing.combine_matrix [B, T, E, slots] (without a
 -- batch [T, E, slots]); routing.probs: the sum of C over an expert's slots. There is no causal form: every token
 -- sees all others of its sequence, so this is for encoders (see mixture_of_tokens for language models).
@@ -18,7 +19,7 @@ local routings = require "moe.routing"
 local Soft = nn.module("soft", base.Router)
 
 local ROWS <const> = base.rows {
-  slots = { "integer", 1 }, normalize = { "boolean", true }, init = { "string|number|function" },
+  slots = { "integer", 1 }, normalize = { "boolean", true }, scale = { "number", 1 }, init = { "string|number|function" },
 }
 
 -- Far below every logit, yet finite: a sequence of masked tokens alone stays free of NaN.
@@ -32,7 +33,7 @@ function Soft:init(given)
   self.slots = o.slots
   self:projection("", self.num_experts * o.slots)
   if o.normalize then
-    self.scale = nn.parameter(core.ones({ 1 }, { dtype = o.dtype or "f32", device = o.device }), { decay = false })
+    self.scale = nn.parameter(core.full({ 1 }, o.scale, { dtype = o.dtype or "f32", device = o.device }), { decay = false })
   end
 end
 
