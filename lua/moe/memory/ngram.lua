@@ -81,7 +81,7 @@ function Ngram:init(given)
   local rows, settings = 0, { dtype = o.dtype or "f32", device = o.device }
   for _, size in ipairs(self._sizes) do rows = rows + size end
   if o.canonical then self:buffer("canonical", canonical_table(o)) end
-  self.tables = keys.table(o, rows, o.embed_dim, o.embed_dim ^ -0.5)
+  self.tables = keys.table(o, rows, o.embed_dim, 0.02)
   local width = #self._sizes * o.embed_dim
   local function linear()
     return nn.linear { in_features = width, out_features = o.d_model, bias = false, dtype = o.dtype, device = o.device }
