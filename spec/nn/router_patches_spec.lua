@@ -51,7 +51,8 @@ describe("router.patches", function()
     { top_k = 2, share = 0.5 }, { top_k = 1, share = 0.3, patch_size = 2 }, { top_k = 2, share = 0.4, patch_size = 3, causal = true },
     { top_k = 3, share = 0.5, causal = true },
   } do
-    it(("lets experts choose among the patches that like them: k %d of %d, share %g"):format(o.top_k, o.patch_size or 1, o.share), function()
+    local name = ("lets experts choose among the patches that like them: k %d of %d, share %g"):format(o.top_k, o.patch_size or 1, o.share)
+    it(name, function()
       local rule = { top_k = o.top_k, share = o.share, patch_size = o.patch_size, causal = o.causal }
       local router, x = patches(o), moe.randn(3 * 7, 4)
       local routing = router:route(x, { shape = { 3, 7 } })
