@@ -9,7 +9,9 @@
 -- a list of experts for each gate. Shared alone is MMoE (Ma et al. 2018, eq. 5-7), shared and own CGC, and stacked PLE (Tang
 -- et al. 2020, section 4.1-4.2); groups are HoME's (Wang et al. 2024, arXiv 2408.05430). Inputs: one tensor for all, or a
 -- list { x_1, .. }, from which gate t takes gate_input[t] and expert e expert_input[e] (lists of numbers, 1 when absent),
--- all of one shape. gate_bias: boolean (false). Parameters gates.t.weight [n_t, d_model], gates.t.bias [n_t] and
+-- all of one shape. gate_bias: boolean (false). `self_gate`: the experts that gate t alone sees have
+-- another, private weight s, added to g: sigmoid(S_t x_t) for one expert, softmax(S_t x_t) for several, so that they learn
+-- whatever the gate prefers (HoME too). Parameters gates.t.weight [n_t, d_model], gates.t.bias [n_t], self_gates.t and
 -- those of the bank under `experts`. The second result: routings of dense gates over all experts, [T, E], one a task, with
 -- probs: what moe.loss and the statistics want.
 
@@ -23,7 +25,8 @@ local MultiGate = nn.module "multi_gate"
 local ROWS <const> = {
   d_model = { "integer", options.required }, experts = { "table|userdata", options.required }, num_tasks = { "integer" },
   shared = { "integer", 0 }, own = { "integer", 0 }, groups = { "table" }, per_group = { "integer", 1 }, visible = { "table" },
-  gate_input = { "table" }, expert_input = { "table" }, gate_bias = { "boolean", false }, score = { { "softmax", "sigmoid" }, "softmax" },
+  gate_input = { "table" }, expert_input = { "table" }, gate_bias = { "boolean", false },
+  self_gate = { "boolean", false }, score = { { "softmax", "sigmoid" }, "softmax" },
   dtype = { "string" }, device = { "string" },
 }
 
@@ -80,6 +83,21 @@ local function inputs_of(name, list, n)
   return list or {}
 end
 
+-- For each gate the places in its list of the experts that no other gate sees.
+local function sole(visible)
+  local seen, places = {}, {}
+  for _, list in ipairs(visible) do
+    for _, e in ipairs(list) do seen[e] = (seen[e] or 0) + 1 end
+  end
+  for t, list in ipairs(visible) do
+    places[t] = {}
+    for i, e in ipairs(list) do
+      if seen[e] == 1 then table.insert(places[t], i) end
+    end
+  end
+  return places
+end
+
 function MultiGate:init(given)
   local o = options.read("multi_gate", given, ROWS, 2)
   self._options = o
@@ -98,8 +116,18 @@ function MultiGate:init(given)
   local gates = {}
   for t, list in ipairs(visible) do gates[t] = nn.linear { in_features = o.d_model, out_features = #list, bias = o.gate_bias } end
   self.gates = gates
-  for _, gate in ipairs(gates) do
-    if o.dtype then gate:to(o.dtype) end
+  if o.self_gate then
+    self._sole, self.self_gates = sole(visible), {}
+    for t, list in ipairs(self._sole) do
+      if #list > 0 then
+        self.self_gates[t] = nn.linear { in_features = o.d_model, out_features = #list, bias = o.gate_bias }
+      end
+    end
+  end
+  for _, list in ipairs { gates, self.self_gates or {} } do
+    for _, gate in pairs(list) do
+      if o.dtype then gate:to(o.dtype) end
+    end
   end
 end
 
@@ -139,6 +167,12 @@ function MultiGate:forward(x, ctx)
     local xt = inputs[i] or error(("multi_gate: gate %d takes input %d, but there are %d"):format(t, i, #inputs), 0)
     local logits = self.gates[t](xt)
     local g = o.score == "softmax" and logits:softmax(-1) or logits:sigmoid()
+    local own = self.self_gates and self.self_gates[t]
+    if own then
+      local s = own(xt)
+      s = s:size(2) == 1 and s:sigmoid() or s:softmax(-1)
+      g = g:index_add(2, core.tensor(self._sole[t], { dtype = "i64", device = g.device }), s)
+    end
     local which = core.tensor(seen, { dtype = "i64", device = z.device })
     local y = (z:index_select(1, which) * g:t():reshape { #seen, T, 1 }):sum(1)
     ys[t] = y:reshape(shape)

@@ -85,6 +85,19 @@ describe("moe.multi_gate", function()
     end
   end)
 
+  it("gives experts that one gate sees a private weight", function()
+    local x = moe.randn(5, 3)
+    local m = made { visible = { { 1, 2, 3 }, { 2, 4 }, { 2 } }, self_gate = true }
+    local _, routings = m(x)
+    local g = x:matmul(m.gates[1].weight:t()):softmax(-1)
+    local s = x:matmul(m.self_gates[1].weight:t()):softmax(-1) -- two of its own
+    assert.close(g + moe.cat({ s:narrow(2, 1, 1), moe.zeros(5, 1), s:narrow(2, 2, 1) }, 2), routings[1].probs:narrow(2, 1, 3),
+      { rtol = 1e-5 })
+    local single = x:matmul(m.gates[2].weight:t()):softmax(-1):narrow(2, 2, 1) + x:matmul(m.self_gates[2].weight:t()):sigmoid()
+    assert.close(single, routings[2].probs:narrow(2, 4, 1), { rtol = 1e-5 })
+    assert.is_nil(m.self_gates[3])
+  end)
+
   it("names what is wrong", function()
     local function says(message, f) assert.matches(message, helper.error_of(f)) end
     says("multi_gate: option 'num_tasks' must be at least 1, got nil", function() made { shared = 2 } end)
