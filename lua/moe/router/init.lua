@@ -20,7 +20,7 @@ local paths = {}
 for _, name in ipairs {
   "topk", "cosine",
   "expert_choice", "relu", "top_p", "threshold", "dense_to_sparse",
-  "two_stage", "mlp", "patches",
+  "two_stage", "mlp", "patches", "uncertain",
   "soft", "mixture_of_tokens", "random", "neighbour", "sequence",
   "hash", "balanced", "prototype", "kmeans", "by_id", "lookahead",
   "product_key",
