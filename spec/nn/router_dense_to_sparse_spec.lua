@@ -10,7 +10,7 @@ end
 describe("moe.router.dense_to_sparse", function()
   it("drops the experts under the bound", function()
     for _, o in ipairs { {}, { temperature = 0.3 }, { temperature = 2, threshold = 0.15, norm_topk_prob = true } } do
-      local t, c = o.temperature or 1, o.threshold or 0.4 / 6
+      local t, c = o.temperature or 1, o.threshold or 0.2 / 6
       local m = router(o):eval()
       local x = moe.randn(15, 5) * 2
       local routing = m:route(x)

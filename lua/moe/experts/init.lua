@@ -8,7 +8,7 @@
 -- One file a kind of bank; "file:field" where a file has several.
 return require "moe.lazy"({}, {
   swiglu = "moe.experts.gated:swiglu", glu = "moe.experts.gated:glu", geglu = "moe.experts.gated:geglu",
-  mlp = "moe.experts.mlp", map = "moe.experts.map",
+  mlp = "moe.experts.mlp", map = "moe.experts.map", spawn = "moe.experts.spawn",
   lora = "moe.experts.lora", lora_linear = "moe.experts.lora_linear", lora_ffn = "moe.experts.lora_ffn",
   adapter = "moe.experts.adapter", zero_computation = "moe.experts.zero_computation",
   join = "moe.experts.join", unequal = "moe.experts.unequal", film = "moe.experts.film", ia3 = "moe.experts.ia3",

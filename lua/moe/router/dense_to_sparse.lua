@@ -6,7 +6,7 @@ local base = require "moe.router.gates"
 
 --- Gumbel softmax with a temperature; experts under a bound are dropped: P = softmax((W x + n) / t), n ~ Gumbel(0, 1) in
 -- training (without it elsewhere), g_e = P_e where P_e > c, else 0; at least `min_k` (1) experts. At a high temperature
--- all experts work, at a low one hardly more than the best. Options: `temperature` (1) and `threshold` c (default 0.4 /
+-- all experts work, at a low one hardly more than the best. Options: `temperature` (1) and `threshold` c (default 0.2 /
 -- E), numbers or functions of the step, both fields that can be set later: moe.schedule.linear { max = 2, min = 0.3,
 -- steps = n } anneals; `gumbel` (default true; false: without the noise), `max_k`, `norm_topk_prob` (default false);
 -- bias, noise, jitter, init as in topk. Nie et al. 2021, EvoMoE (arXiv 2112.14397): the gate DTS; its threshold's value
@@ -20,6 +20,7 @@ local ROWS <const> = base.rows({
 
 DenseToSparse.settable = {
   temperature = { "number|function" }, threshold = { "number|function" }, min_k = { "integer" }, max_k = { "integer" },
+  norm_topk_prob = { "boolean" },
 }
 
 function DenseToSparse:check(o)
@@ -35,7 +36,7 @@ function DenseToSparse:init(given)
   local bound = self:setup(given, ROWS)
   self:check(self._options)
   if not bound then return end
-  bound.threshold = bound.threshold or 0.4 / self.num_experts
+  bound.threshold = bound.threshold or 0.2 / self.num_experts
   self:changed(bound)
   self:projection ""
 end

@@ -7,7 +7,7 @@ local base = require "moe.router.gates"
 -- with P_1 + .. + P_n >= p; gates g_e = P_e for e in S, else 0. p -> 0 is the best expert alone, p = 1 all of them.
 -- Options: p (0.4; a number, or a function of the step; router.p can be set later), at least `min_k` (1), at most
 -- `max_k` experts, `norm_topk_prob` (the gates of S sum to 1; default false, as published); bias, noise, jitter, init as
--- in topk. The entropy loss of the paper, which keeps the sets small, is moe.loss.token_entropy. routing: gates [T, E],
+-- in topk. The entropy loss of the paper, which keeps the sets small, is moe.loss.entropy. routing: gates [T, E],
 -- any number of experts a token. Huang et al. 2024, Harder Tasks Need More Experts (arXiv 2403.07652, eq. 3-5).
 local TopP = nn.module("top_p", base.Gates)
 
