@@ -11,7 +11,9 @@ local moe = require "moe"
 local M = {
   title = "Mixture of Tokens", paper = "arXiv 2310.15961", number = 99,
   claim = "trains smoothly without a balance loss, as well as Switch at equal cost; tunes into token choice",
-  outcome = "",
+  outcome = "reproduced as a tie: 2.576 against 2.575 (Switch with balance) and 2.562 (without, its busiest expert at 3 to 5 times the "
+    .. "mean), three seeds, as smooth; alone 3.30, after 40 steps as token choice 2.579. At a third of that learning rate it is "
+    .. "3 to 7 % behind",
 }
 
 --- The layer: o.group_size (default num_experts / top_k), o.temperature (default 1, or a function of the step).

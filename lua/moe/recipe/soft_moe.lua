@@ -11,7 +11,8 @@ local moe = require "moe"
 local M = {
   title = "Soft MoE", paper = "arXiv 2308.00951", number = 96,
   claim = "classifies patches as well as token choice and expert choice or better at equal expert work; experts are free at fixed slots",
-  outcome = "",
+  outcome = "reproduced: 79 % of the pictures right against 52 % (token choice) and 50 % (expert choice), three seeds; 62, 82 and 85 % "
+    .. "with 4, 8 and 16 experts on the same 16 slots. With the paper's starting scale of 1 this short training gives 48 %",
 }
 
 --- The layer: o.num_experts experts that share o.slots slots (a multiple of them; default: one slot an expert). The paper's scale
