@@ -1,4 +1,5 @@
 local moe = require "moe"
+local pictures = require "moe.recipe.pictures"
 local mofme = moe.recipe.mofme
 
 local SIZES <const> = { d_model = 12, num_experts = 4, top_k = 2, intermediate_size = 6 }
@@ -44,9 +45,9 @@ describe("recipe mofme", function()
 
   it("corrupts patches in three ways and tells how far they are from clean", function()
     moe.manual_seed(3)
-    local clean = mofme.patches(300, 8)
-    local bad = mofme.corrupt(clean, 8)
-    assert.close(20, mofme.psnr(clean + 0.1, clean), { rtol = 1e-4 })
+    local clean = pictures.patches(300, 8)
+    local bad = pictures.corrupt(clean, 8)
+    assert.close(20, pictures.psnr(clean + 0.1, clean), { rtol = 1e-4 })
     local d = (bad - clean):reshape { 100, 3, 64 }
     assert.is_true(math.abs(d[{ {}, 1 }]:std():item() - 0.15) < 0.01)
     local streaks = (d[{ {}, 2 }] / 0.6):reshape({ 6400 }) -- 0 or 1

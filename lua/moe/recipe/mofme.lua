@@ -12,6 +12,7 @@
 local moe = require "moe"
 local nn = moe.nn
 local lab = require "moe.recipe.lab"
+local pictures = require "moe.recipe.pictures"
 
 local M = {
   title = "MoFME: one network modulated by experts, an uncertainty-aware router", paper = "arXiv 2312.16610", number = 124,
@@ -66,34 +67,6 @@ end
 
 M.restorer = Restorer
 
---- n clean patches [n, size^2] of values around 0..1: two soft waves and an edge.
-function M.patches(n, size)
-  local at = moe.arange(1, size):to "f32" / size
-  local gx, gy = at:reshape { 1, 1, size }, at:reshape { 1, size, 1 }
-  local function draw(low, high) return moe.rand(n, 1, 1) * (high - low) + low end
-  local function wave(low, high)
-    return ((gx * draw(low, high) + gy * draw(low, high) + draw(0, 6.3)):sin() * draw(0.05, 0.2))
-  end
-  local edge = ((gx - 0.5) * draw(-1, 1) + (gy - 0.5) * draw(-1, 1) + draw(-0.2, 0.2)):gt(0):to "f32" * draw(-0.4, 0.4)
-  return (wave(-3, 3) + wave(-7, 7) + edge + draw(0.3, 0.7)):reshape { n, size * size }
-end
-
---- The patches with one of three corruptions each: noise, bright vertical streaks, or a haze that fades contrast. The kind of a patch is
--- its number modulo 3.
-function M.corrupt(x, size)
-  local n = x:size(1)
-  local noisy = x + moe.randn_like(x) * 0.15
-  local streak = moe.rand(n, 1, size):lt(0.2):to "f32" * 0.6
-  local streaked = (x:reshape { n, size, size } + streak):reshape { n, size * size }
-  local t = moe.rand(n, 1) * 0.5 + 0.3
-  local hazed = x * t + (1 - t)
-  local kind = moe.arange(0, n - 1):remainder(3):unsqueeze(2)
-  return moe.where(kind:eq(0), noisy, moe.where(kind:eq(1), streaked, hazed))
-end
-
---- Peak signal to noise ratio in dB, the peak being 1.
-function M.psnr(restored, clean) return -10 * math.log(moe.loss.mse(restored, clean):item(), 10) end
-
 --- Trains a restorer on fresh patches. Options: kind, seed, steps, and those of Restorer. Gives { psnr, model, parameters }.
 function M.train(given)
   local o = { size = 8, d_model = 64, num_layers = 2, num_experts = 8, top_k = 2, intermediate_size = 4, steps = 600, seed = 1, lr = 4e-3 }
@@ -103,18 +76,18 @@ function M.train(given)
   local optimizer = moe.optim.adamw(model, { lr = o.lr, weight_decay = 0.01 })
   local schedule = moe.schedule.cosine { warmup = 20, steps = o.steps, min = 0.02 }
   for step = 1, o.steps do
-    local clean, ctx = M.patches(192, o.size), {}
+    local clean, ctx = pictures.patches(192, o.size), {}
     optimizer.lr = o.lr * schedule(step)
     optimizer:zero_grad()
-    local loss = moe.loss.mse(model(M.corrupt(clean, o.size), ctx), clean) + moe.loss.aux(ctx)
+    local loss = moe.loss.mse(model(pictures.corrupt(clean, o.size), ctx), clean) + moe.loss.aux(ctx)
     loss:backward()
     optimizer:step { clip = 1 }
   end
   moe.manual_seed(1000) -- the same patches for all
   model:eval()
-  local clean = M.patches(3000, o.size)
-  local restored = moe.no_grad(model, M.corrupt(clean, o.size))
-  return { psnr = M.psnr(restored, clean), model = model, parameters = model:num_parameters() }
+  local clean = pictures.patches(3000, o.size)
+  local restored = moe.no_grad(model, pictures.corrupt(clean, o.size))
+  return { psnr = pictures.psnr(restored, clean), model = model, parameters = model:num_parameters() }
 end
 
 --- Restoration by the three kinds of blocks: rows { name, mean psnr over seeds, parameters }.
