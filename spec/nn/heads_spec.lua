@@ -155,6 +155,28 @@ describe("mixture of heads", function()
     assert(moe.gradcheck(function(input) return (m(input)):sin():sum() end, { x, table.unpack(parameters) }))
   end)
 
+  it("knows empty sizes, and other types", function()
+    moe.manual_seed(13)
+    for _, m in ipairs {
+      moe.mixer.mixture_of_heads { d_model = 8, num_heads = 4, num_shared = 1, top_k = 2, rope = true },
+      moe.mixer.mixture_of_heads { d_model = 8, num_heads = 4, keys = "chosen" },
+      moe.mixer.mixture_of_attention { d_model = 8, num_experts = 4, attention = "stick_breaking" },
+      moe.mixer.stick_breaking { d_model = 8, num_heads = 2 },
+    } do
+      assert.same({ 2, 0, 8 }, (m(moe.zeros(2, 0, 8))).shape)
+      assert.same({ 0, 3, 8 }, (m(moe.zeros(0, 3, 8))).shape)
+      local x = moe.randn(2, 5, 8)
+      assert.close(m(x):totable(), moe.autocast("bf16", function() return (m(x)) end):to "f32", { rtol = 0.1, atol = 0.1 })
+      x.requires_grad = true
+      local plain = m(x)
+      plain:square():sum():backward()
+      local grad = x.grad
+      x.grad = nil
+      moe.checkpoint(function(input) return (m(input)) end, x):square():sum():backward()
+      assert.close(grad, x.grad, { rtol = 1e-5, atol = 1e-6 })
+    end
+  end)
+
   it("says what is wrong", function()
     local function says(want, o)
       local message = helper.error_of(moe.mixer.mixture_of_heads, o)

@@ -19,7 +19,7 @@ function Bank:init(o)
   self.d_model, self.num_experts = o.d_model, o.num_experts
   local width = o.heads_per_expert * o.head_dim
   self.q_proj = base.parameter(o, { o.num_experts, width, o.d_model }, o.init, o.d_model)
-  self.o_proj = base.parameter(o, { o.num_experts, o.d_model, width }, o.init, width)
+  self.o_proj = base.parameter(o, { o.num_experts, o.d_model, width }, o.init, o.fan or width)
   if o.keys == "chosen" then self.kv_proj = base.parameter(o, { o.num_experts, 2 * width, o.d_model }, o.init, o.d_model) end
 end
 
@@ -245,6 +245,7 @@ function MoH:init(given)
   end
   o.num_experts, o.heads_per_expert = H, 1
   o.head_dim, o.num_kv_heads = o.head_dim or o.d_model // H, o.num_kv_heads or H
+  o.fan = H * o.head_dim -- heads add up to one projection
   local shared = o.num_shared or 0
   o.router = o.router or moe.router.two_stage { top_k = o.top_k or math.max(1, H // 2 - shared), num_shared = shared }
   self:setup("mixture_of_heads", o)
@@ -307,7 +308,7 @@ end
 function Stick:forward(x, state, ctx)
   local o = self._options
   local B, T = x:size(1), x:size(2)
-  local heads = self.qkv_proj(x):reshape { B, T, -1, o.head_dim }:transpose(2, 3)
+  local heads = self.qkv_proj(x):reshape { B, T, o.num_heads + 2 * o.num_kv_heads, o.head_dim }:transpose(2, 3)
   local q, k, v = heads:split({ o.num_heads, o.num_kv_heads, o.num_kv_heads }, 2)
   if state then k, v = core.cat({ state.k, k }, 3), core.cat({ state.v, v }, 3) end
   local mask = ctx and ctx.attn_mask
