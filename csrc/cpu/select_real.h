@@ -57,7 +57,7 @@ static void R(gates_rows)(void *arg, int64_t begin, int64_t end, int worker) {
 #pragma omp simd reduction(+ : above)
       for (int64_t e = 0; e < E; e++) above += x[e] > bound;
     }
-    double share = j->mass ? j->mass[t] : 1, mass = INFINITY;
+    double share = j->mass ? j->mass[t] : 1, mass = (double)INFINITY;
     if (share < 1) {
       double sum = 0;
 #pragma omp simd reduction(+ : sum)
