@@ -81,6 +81,18 @@ describe("moe.router.expert_choice", function()
     assert.not_same(a, b)
   end)
 
+  it("follows the steps", function()
+    local m = router { top_k = function(step) return step end }
+    local x = moe.randn(8, 5)
+    assert.equal(8, m:route(x, { step = 1 }).num_assignments)
+    assert.equal(24, m:route(x, { step = 3 }).num_assignments)
+    m:set { top_k = 0.5 }
+    assert.equal(4, m:route(x, { step = 3 }).num_assignments)
+    m.top_k = 2
+    assert.equal(16, m:route(x).num_assignments)
+    assert.matches("'top_k' must be above 0", helper.error_of(function() m:set { top_k = 0 } end))
+  end)
+
   it("leaves masked tokens and masked experts alone", function()
     local m = router { top_k = 2 }
     local x = moe.randn(6, 5)

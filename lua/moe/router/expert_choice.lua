@@ -5,27 +5,38 @@ local nn = require "moe.nn"
 local base = require "moe.router.gates"
 local sparse = core._sparse
 
---- Each expert takes the tokens that want it most: S = softmax(W x) over the experts (`score` = "sigmoid": of each
--- alone), G, I = the C largest of S^T [E, T] in each row, C = ceil(top_k T / E); weights G. The load is even by
--- construction; a token has `top_k` experts on average (any number above 0; the paper's capacity factor), and may have
--- none. `within` says which tokens an expert chooses among: all those of the batch ("batch"; a token is then chosen in
--- view of later ones, so that training and decoding differ), those of a sequence ("sequence"), or those at one position
--- of all sequences ("position": causal; C = ceil(top_k B / E) of B sequences; both need ctx.shape {B, time}, and without
--- a batch "position" lets each token be chosen by all). bias, noise, jitter, init as in topk. routing.index,
--- routing.gate [E, C]. Equals go to the first token; masked tokens are not chosen, and count only for C within a
--- sequence or position. Zhou et al. 2022, Mixture-of-Experts with Expert Choice Routing (arXiv 2202.09368, eq. 1-2).
+--- Each expert takes the tokens that want it most: S = softmax(W x) over the experts (`score` = "sigmoid": of each alone),
+-- G, I = the C largest of S^T [E, T] in each row, C = ceil(top_k T / E); weights G. The load is even by construction; a token
+-- has `top_k` experts on average (2; any number above 0, or a function of the step; the paper's capacity factor; router.top_k
+-- can be set later), and may have none. `within` says which tokens an expert chooses among: all those of the batch ("batch",
+-- the default; a token is then chosen in view of later ones, so that training and decoding differ), those of a sequence
+-- ("sequence"), or those at one position of all sequences ("position": causal; C = ceil(top_k B / E) of B sequences; one
+-- sequence alone gets all experts); the latter two need ctx.shape {B, time}. Equals go to the first token. Masked tokens are
+-- not chosen; within a sequence or a position they count for C. bias, noise, jitter, init as in topk. routing.index,
+-- routing.gate [E, C]. Zhou et al. 2022, Mixture-of-Experts with Expert Choice Routing (arXiv 2202.09368, eq. 1-2).
 local ExpertChoice = nn.module("expert_choice", base.Gates)
 
 local ROWS <const> = base.rows({
-  top_k = { "number", 2 }, score = { { "softmax", "sigmoid" }, "softmax" }, within = { { "batch", "sequence", "position" }, "batch" },
+  top_k = { "number|function", 2 }, score = { { "softmax", "sigmoid" }, "softmax" },
+  within = { { "batch", "sequence", "position" }, "batch" },
 }, true)
+
+ExpertChoice.settable = { top_k = { "number|function" } }
+
+function ExpertChoice:check(o)
+  if type(o.top_k) == "function" then return end
+  if o.top_k <= 0 or o.top_k ~= o.top_k then self:fail("option 'top_k' must be above 0, got %g", o.top_k) end
+  if o.num_experts and o.top_k > o.num_experts then self:fail("top_k is %g, but there are %d experts", o.top_k, o.num_experts) end
+end
+
+function ExpertChoice:changed(o) self:keep_numbers(o, "top_k") end
 
 function ExpertChoice:init(given)
   local bound = self:setup(given, ROWS)
-  local o = self._options
-  if o.top_k <= 0 or o.top_k ~= o.top_k then self:fail("option 'top_k' must be above 0, got %g", o.top_k) end
-  if o.num_experts and o.top_k > o.num_experts then self:fail("top_k is %g, but there are %d experts", o.top_k, o.num_experts) end
-  if bound then self:projection "" end
+  self:check(self._options)
+  if not bound then return end
+  self:changed(bound)
+  self:projection ""
 end
 
 -- The groups that an expert chooses in: scores [T, E] as [E, groups, n], and the token number of each [groups, n].
@@ -58,7 +69,8 @@ function ExpertChoice:route(x, ctx)
     local groups, n = token:size(1), token:size(2)
     local real = n
     if off and o.within == "batch" then real = n - math.tointeger(off:to "i64":sum():item()) end
-    local C = math.min(real, math.ceil(o.top_k * real / E - 1e-9))
+    local k = self:scheduled("top_k", ctx)
+    local C = math.max(math.min(real, math.ceil(k * real / E - 1e-9)), 0)
     local at
     weight, at = keys:topk(C)
     if groups == 1 then
@@ -76,6 +88,8 @@ function ExpertChoice:route(x, ctx)
   return routing
 end
 
-function ExpertChoice.traits(_, o) return { ("top_k=%g, within=%s"):format(o.top_k, o.within) } end
+function ExpertChoice.traits(_, o)
+  return { type(o.top_k) == "function" and "top_k=function" or ("top_k=%g"):format(o.top_k), "within=" .. o.within }
+ end
 
 return ExpertChoice
