@@ -9,6 +9,7 @@
 #include "tensor/dtype.h"
 #include "tensor/iter.h"
 #include "tensor/plan.h"
+#include "tensor/selective.h"
 
 typedef struct moe_device moe_device;
 
