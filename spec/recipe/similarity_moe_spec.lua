@@ -90,7 +90,7 @@ describe("recipe similarity_moe", function()
     for i, recipe in ipairs { "topk", similarity } do
       for seed = 1, 2 do val[i][seed], change[i][seed], entropy[i][seed] = one(recipe, seed) end
     end
-    assert.is_true(lab.mean(val[2]) < 1.03 * lab.mean(val[1]))
+    assert.is_true(lab.mean(val[2]) < 1.05 * lab.mean(val[1]))
     assert.is_true(lab.mean(change[2]) < 1.1 * lab.mean(change[1]))
     -- the paper's lower entropy does not come out: a mixture of decisions is no sharper than they are
     assert.is_true(lab.mean(entropy[2]) < 1.15 * lab.mean(entropy[1]))
