@@ -119,6 +119,14 @@ describe("moe.router.top_p", function()
       assert.matches(case[1], helper.error_of(function() router(case[2]) end))
     end
     local x = moe.randn(3, 5)
+    for _, bad in ipairs { -1, 7 } do
+      assert.matches("router.top_p: ctx.choice has a value outside of 0 %(none%) to 6", helper.error_of(function()
+        router({}):route(x, { choice = moe.full({ 3, 1 }, bad, { dtype = "i64" }) })
+      end))
+    end
+    assert.matches("must be an index %[3, k%], got f32 %[3, 1%]", helper.error_of(function()
+      router({}):route(x, { choice = moe.ones(3, 1) })
+    end))
     x[{ 3, 1 }] = math.huge
     local layer = layer_of(moe.router.top_p {})
     assert.matches("layer: the router %(top_p%): router.top_p: the logits of token 3 hold", helper.error_of(function() layer(x) end))

@@ -12,7 +12,8 @@ local sparse = core._sparse
 -- the default; a token is then chosen in view of later ones, so that training and decoding differ), those of a sequence
 -- ("sequence"), or those at one position of all sequences ("position": causal; C = ceil(top_k B / E) of B sequences; one
 -- sequence alone gets all experts); the latter two need ctx.shape {B, time}. Equals go to the first token. Masked tokens are
--- not chosen; within a sequence or a position they count for C. bias, noise, jitter, init as in topk. routing.index,
+-- not chosen; within a sequence or a position they count for C. ctx.choice: index [T, k], or a recorded [E, C] where T is
+-- not E. bias, noise, jitter, init as in topk. routing.index,
 -- routing.gate [E, C]. Zhou et al. 2022, Mixture-of-Experts with Expert Choice Routing (arXiv 2202.09368, eq. 1-2).
 local ExpertChoice = nn.module("expert_choice", base.Gates)
 
@@ -90,6 +91,6 @@ end
 
 function ExpertChoice.traits(_, o)
   return { type(o.top_k) == "function" and "top_k=function" or ("top_k=%g"):format(o.top_k), "within=" .. o.within }
- end
+end
 
 return ExpertChoice

@@ -50,12 +50,14 @@ end
 
 -- A choice made before, index [T, k] with 0 for none, as a bool [T, E].
 local function forced(self, index, tokens)
-  local shape = core.is_tensor(index) and index.shape
-  if not shape or #shape ~= 2 or shape[1] ~= tokens then
+  local shape, E = core.is_tensor(index) and index.shape, self.num_experts
+  if not shape or #shape ~= 2 or shape[1] ~= tokens or index.dtype:find "f" then
     self:fail("ctx.choice must be an index [%d, k], got %s", tokens,
-      shape and "[" .. table.concat(shape, ", ") .. "]" or "a " .. type(index))
+      shape and ("%s [%s]"):format(index.dtype, table.concat(shape, ", ")) or "a " .. type(index))
   end
-  local E = self.num_experts
+  if index:numel() > 0 and (index:min():item() < 0 or index:max():item() > E) then
+    self:fail("ctx.choice has a value outside of 0 (none) to %d", E)
+  end
   return core.zeros { tokens, E + 1 }:scatter(2, index + 1, 1):narrow(2, 2, E):ne(0)
 end
 
