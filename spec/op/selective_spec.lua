@@ -152,7 +152,8 @@ describe("selective_scan", function()
       local a = arguments { batch = 2, time = 200, channels = 96, states = 16, all = true, dtype = "f32" }
       local y, last = run(a)
       local out = { y:totable(), last:totable() }
-      for i, g in ipairs { moe.grad({ y:square():sum() }, { a.u, a.delta, a.A, a.B, a.C, a.D, a.z, a.bias, a.state }) } do out[i + 2] = g:totable() end
+      local leaves = { a.u, a.delta, a.A, a.B, a.C, a.D, a.z, a.bias, a.state }
+      for i, g in ipairs { moe.grad({ y:square():sum() }, leaves) } do out[i + 2] = g:totable() end
       return out
     end
     local one, two = all(1), all(2)
@@ -177,7 +178,7 @@ describe("selective_scan", function()
     local function int(t) return moe.tensor(t, { dtype = "i64" }) end
     local packed = { moe.randn(1, 4, 6), moe.randn(1, 4, 6), A, moe.randn(1, 4, 3), moe.randn(1, 4, 3) }
     local function with(cu) return function() f(packed[1], packed[2], packed[3], packed[4], packed[5], { cu_seqlens = cu }) end end
-    local cases = {
+    local faults = {
       { "u is %[2, 4, 6%], A is %[5, 3%]", function() f(u, u, moe.randn(5, 3), B, B) end },
       { "B is a f32 tensor %[2, 4, 2%], wanted floats %[2, 4, 3%]", function() f(u, u, A, moe.randn(2, 4, 2), B) end },
       { "delta is a f32 tensor %[2, 4%], wanted floats %[2, 4, 6%]", function() f(u, moe.randn(2, 4), A, B, B) end },
@@ -187,6 +188,6 @@ describe("selective_scan", function()
       { "element 3 is 2", with(int { 0, 3, 2, 4 }) },
       { "packs sequences into a batch of 1, but u has a batch of 2", function() f(u, u, A, B, B, { cu_seqlens = int { 0, 4 } }) end },
     }
-    for _, case in ipairs(cases) do assert.matches(case[1], helper.error_of(case[2])) end
+    for _, case in ipairs(faults) do assert.matches(case[1], helper.error_of(case[2])) end
   end)
 end)
