@@ -9,6 +9,8 @@
 #include "tensor/dtype.h"
 #include "tensor/iter.h"
 #include "tensor/plan.h"
+#include "tensor/recurrence.h"
+#include "tensor/attention.h"
 #include "tensor/selective.h"
 
 typedef struct moe_device moe_device;
