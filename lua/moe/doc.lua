@@ -263,7 +263,11 @@ local function class_entry(group, name, class, notes, operations)
     args, comment = M.of_function(init)
     args = (args or "..."):gsub("^self,? ?", "")
     options = class_options(init)
-    local source = debug.getinfo(init, "S").source
+    local own = rawget(class, "init") -- an inherited one lies in another file
+    for key, f in next, class do
+      own = own or type(f) == "function" and key:sub(1, 2) ~= "__" and f
+    end
+    local source = debug.getinfo(own or init, "S").source
     local lines = lines_of(source:sub(2)) or {}
     for i, line in ipairs(lines) do
       if comment then break end

@@ -142,3 +142,25 @@ for _, name in ipairs(names) do
     end)
   end)
 end
+
+describe("a language model", function()
+  it("gives banks its initial weights, and leaves vectors and coefficients as they start", function()
+    local banks = {
+      moe.experts.film { intermediate_size = 8 }, moe.experts.ia3(), moe.experts.mlp { intermediate_size = 8, act = "poly_norm" },
+      moe.experts.unequal { widths = { 4, 4, 9 } },
+    }
+    local model = moe.model.lm {
+      vocab_size = 5, d_model = 40, num_layers = 4, max_seq_len = 4, ffn = "moe", residual_scale = false,
+      moe = function(i) return { num_experts = E, experts = banks[i] } end,
+    }
+    local bank = {}
+    for i = 1, 4 do bank[i] = model.layers[i].ffn.experts end
+    assert.close(moe.ones(E, 8), bank[1].gamma)
+    assert.close(moe.zeros(E, 8), bank[1].beta)
+    assert.close(moe.ones(E, 40), bank[2].vectors)
+    assert.close({ 0, 1 / 3, 1 / 3, 1 / 3 }, bank[3].coefficients[2], { rtol = 1e-6 })
+    for _, w in ipairs { bank[1].up_proj, bank[1].down_proj, bank[3].up_proj, bank[4].banks[2].down_proj } do
+      assert.is_true(math.abs(w:std():item() - 0.02) < 0.004)
+    end
+  end)
+end)

@@ -125,7 +125,7 @@ local function init_part(part, o, kept)
       goto continue
     elseif name:find "bias$" then
       if o.bias_init ~= "default" then nn.init.apply(p:detach(), o.bias_init) end
-    elseif dims >= 2 and o.init ~= "default" then
+    elseif dims >= 2 and o.init ~= "default" and nn.decays(p) then -- what does not decay is a vector an expert, no matrix
       fill(p, o.init)
     end
     local into_residual = name:find "o_proj%.weight$" or name:find "down_proj$" or name:find "down_proj%.weight$"
