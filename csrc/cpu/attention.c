@@ -1,5 +1,9 @@
 /* Scaled dot-product attention in blocks: a task holds the scores of one block of queries with one block of keys,
-** never the T x S matrix. The products go to the BLAS on the task's thread. */
+** never the T x S matrix. What it holds at a time, whatever T and S are (head width d, values dv, elements):
+**   forward   KEYS (d + dv) packed keys and values, FORWARD (d + dv + 2) queries and results, QUERIES KEYS scores
+**   backward  KEYS (3 d + 2 dv) keys, values and their gradients, QUERIES (2 d + dv) queries, 2 QUERIES KEYS scores; where
+**             batch x key-value heads are fewer than SPLITS, also SPLITS h ROUND d parts of dq
+** Besides the results, the op keeps one number a query (the logarithm of the sum of its exponentials). */
 #include <math.h>
 #include <stdatomic.h>
 #include <string.h>
@@ -7,89 +11,114 @@
 #include "cpu/cpu.h"
 #include "cpu/gemm.h"
 #include "cpu/vmath.h"
+#include "tensor/attention.h"
 
-/* Two blocks of f32 scores fit a second-level cache of 256 KiB, and the products are large enough for the full rate. */
-enum { QUERIES = 64, KEYS = 256 };
+enum {
+  QUERIES = 64,  /* rows of a block of scores, */
+  KEYS = 256,    /* and its columns: with keys and values it fits a second-level cache */
+  FORWARD = 256, /* queries of a task forward, which share the packed keys, */
+  ENOUGH = 16,   /* unless that made fewer tasks than this */
+  SPLITS = 8,    /* tasks backward at least, where the keys are enough: parts of the keys of a head take turns, */
+  ROUND = 1024   /* and their parts of dq are added up after so many queries */
+};
 
-/* Strides count elements and stand for batch, head, position; the last dimension is contiguous. */
-#define JOB(name, type)                                                                            \
-  typedef struct name {                                                                            \
-    int64_t b, h, t, s, d, dv, group; /* group: query heads a key-value head */                     \
-    bool causal;                                                                                   \
-    int mask_kind;                                                                                 \
-    type scale;                                                                                    \
-    const type *q, *k, *v, *g;                                                                     \
-    const void *mask;                                                                              \
-    const int64_t *limit; /* [b, h, t]: how many keys a query sees, or NULL */                      \
-    type *y, *lse, *dq, *dk, *dvalue, *dmask;                                                      \
-    const int64_t *sq, *sk, *sv, *sm, *sy, *sg, *sdq, *sdk, *sdv;                                  \
-    atomic_bool short_of_memory;                                                                   \
-  } name;
+enum { SCRATCH = 0, SCRATCH_DQ = 3, SCRATCH_RELATIVE = 5 }; /* slots; the last two hold for the length of the kernel */
 
-JOB(job_f32, float)
+typedef struct attention_job {
+  const moe_attention *a;
+  const moe_attention_grads *g;
+  int64_t count;                /* forward: queries of a task */
+  int64_t splits, first, last;  /* backward: parts of the keys, queries of this round */
+  void *part;                   /* [splits, b, h, last - first, d] of dq, or NULL: straight into dq */
+  void *relative;               /* [splits, b, h, 2 reach - 1] */
+  atomic_bool short_of_memory;
+} attention_job;
+
+/* Keys that query i sees: [*from, *to). seen: of its head [t], or NULL. */
+static inline void keys_of(const moe_attention *a, const int64_t *seen, int64_t i, int64_t *from, int64_t *to) {
+  *from = a->span[i].from;
+  *to = seen && seen[i] < a->span[i].to ? MOE_MAX(seen[i], *from) : a->span[i].to;
+}
+
+static inline const int64_t *seen_of(const moe_attention *a, int64_t b, int64_t h) {
+  return a->seen ? a->seen + (b * a->h + h) * a->t : NULL;
+}
+
+/* Keys that any of the queries [q0, q1) sees. */
+static void keys_of_all(const moe_attention *a, const int64_t *seen, int64_t q0, int64_t q1, int64_t *from, int64_t *to) {
+  *from = a->s, *to = 0;
+  for (int64_t i = q0; i < q1; i++) {
+    int64_t lo, hi;
+    keys_of(a, seen, i, &lo, &hi);
+    if (lo >= hi) continue;
+    *from = MOE_MIN(*from, lo);
+    *to = MOE_MAX(*to, hi);
+  }
+}
+
 #define REAL float
-#define STATIC(x) x##_f32
+#define R(x) x##_f32
 #define GEMM moe_gemm_f32
-#define EXP vm_exp_f32
+#define EXP vm_exp_soft_f32
 #define LOG logf
 #include "cpu/attention_real.h"
 #undef REAL
-#undef STATIC
+#undef R
 #undef GEMM
 #undef EXP
 #undef LOG
 
-JOB(job_f64, double)
 #define REAL double
-#define STATIC(x) x##_f64
+#define R(x) x##_f64
 #define GEMM moe_gemm_f64
 #define EXP exp
 #define LOG log
 #include "cpu/attention_real.h"
 
-/* What both directions set. */
-#define COMMON(type)                                                                                                    \
-  .b = size[0], .h = size[1], .t = size[3], .s = size[4], .d = size[5], .dv = size[6], .group = size[1] / size[2],      \
-  .causal = causal, .mask_kind = mask_kind, .scale = (type)scale, .q = q, .k = k, .v = v, .mask = mask, .limit = seen, .sq = sq, \
-  .sk = sk, .sv = sv, .sm = sm, .y = y, .sy = sy, .lse = lse
-
-moe_status MOE_CPU(attention)(moe_dtype dt, void *y, void *lse, const void *q, const void *k, const void *v, const void *mask,
-                              const int64_t *size, const int64_t *sy, const int64_t *sq, const int64_t *sk, const int64_t *sv,
-                              const int64_t *sm, int mask_kind, bool causal, const int64_t *seen, double scale) {
-  int64_t tasks = size[0] * size[1] * ((size[3] + QUERIES - 1) / QUERIES);
-  int64_t work = MOE_MIN(size[3], QUERIES) * size[4] * (size[5] + size[6]), grain = MOE_MAX(1, MOE_GRAIN * 8 / MOE_MAX(work, 1));
-  bool short_of_memory;
-  if (dt == MOE_f64) {
-    job_f64 j = {COMMON(double)};
-    moe_parallel_range(tasks, grain, forward_range_f64, &j);
-    short_of_memory = j.short_of_memory;
-  } else {
-    job_f32 j = {COMMON(float)};
-    moe_parallel_range(tasks, grain, forward_range_f32, &j);
-    short_of_memory = j.short_of_memory;
-  }
-  return short_of_memory ? moe_fail(MOE_ENOMEM, "attention: no memory for a block of scores") : MOE_OK;
+static moe_status finished(const attention_job *j) {
+  return j->short_of_memory ? moe_fail(MOE_ENOMEM, "attention: no memory for a block of scores") : MOE_OK;
 }
 
-moe_status MOE_CPU(attention_backward)(moe_dtype dt, void *dq, void *dk, void *dv, void *dmask, const void *g, void *y, void *lse,
-                                       const void *q, const void *k, const void *v, const void *mask, const int64_t *size,
-                                       const int64_t *sdq, const int64_t *sdk, const int64_t *sdv, const int64_t *sg,
-                                       const int64_t *sy, const int64_t *sq, const int64_t *sk, const int64_t *sv,
-                                       const int64_t *sm, int mask_kind, bool causal, const int64_t *seen, double scale) {
-  int64_t tasks = size[0] * size[2];
-  int64_t work = size[1] / size[2] * size[3] * size[4] * (size[5] + size[6]);
-  int64_t grain = MOE_MAX(1, MOE_GRAIN * 4 / MOE_MAX(work, 1));
-  bool short_of_memory;
-  if (dt == MOE_f64) {
-    job_f64 j = {COMMON(double), .g = g, .sg = sg, .dq = dq, .dk = dk, .dvalue = dv,
-                .sdq = sdq, .sdk = sdk, .sdv = sdv, .dmask = dmask};
-    moe_parallel_range(tasks, grain, backward_range_f64, &j);
-    short_of_memory = j.short_of_memory;
+moe_status MOE_CPU(attention)(const moe_attention *a) {
+  bool wide = a->dtype == MOE_f64;
+  attention_job j = {.a = a, .count = FORWARD};
+  int64_t heads = a->b * a->h, row = MOE_MAX(a->s * (a->d + a->dv), 1);
+  if (a->t == 1) {
+    moe_parallel_range(heads, MOE_MAX(1, MOE_GRAIN * 8 / row), wide ? one_range_f64 : one_range_f32, &j);
   } else {
-    job_f32 j = {COMMON(float), .g = g, .sg = sg, .dq = dq, .dk = dk, .dvalue = dv,
-                .sdq = sdq, .sdk = sdk, .sdv = sdv, .dmask = dmask};
-    moe_parallel_range(tasks, grain, backward_range_f32, &j);
-    short_of_memory = j.short_of_memory;
+    if (heads * ((a->t + FORWARD - 1) / FORWARD) < ENOUGH) j.count = QUERIES;
+    int64_t tasks = heads * ((a->t + j.count - 1) / j.count), grain = MOE_MAX(1, MOE_GRAIN * 8 / (MOE_MIN(a->t, j.count) * row));
+    moe_parallel_range(tasks, grain, wide ? forward_range_f64 : forward_range_f32, &j);
   }
-  return short_of_memory ? moe_fail(MOE_ENOMEM, "attention: no memory for a block of scores") : MOE_OK;
+  return finished(&j);
+}
+
+moe_status MOE_CPU(attention_backward)(const moe_attention_grads *g, const moe_attention *a) {
+  bool wide = a->dtype == MOE_f64;
+  int64_t size = wide ? 8 : 4, heads = a->b * a->hk, blocks = MOE_MAX(1, (a->s + KEYS - 1) / KEYS);
+  attention_job j = {.a = a, .g = g, .splits = 1, .last = a->t};
+  if (heads > 0 && heads < SPLITS) j.splits = MOE_MIN(blocks, (SPLITS + heads - 1) / heads);
+  int64_t round = j.splits > 1 ? ROUND : MOE_MAX(a->t, 1), entries = 2 * a->reach - 1;
+  int64_t work = a->h / MOE_MAX(a->hk, 1) * MOE_MIN(a->t, round) * (a->s / j.splits) * (a->d + a->dv);
+  int64_t grain = MOE_MAX(1, MOE_GRAIN * 4 / MOE_MAX(work, 1));
+  if (g->drelative) {
+    int64_t bytes = j.splits * a->b * a->h * entries * size;
+    if ((j.relative = moe_scratch(SCRATCH_RELATIVE, bytes)) == NULL) return moe_fail(MOE_ENOMEM, "attention: no memory for gradients");
+    memset(j.relative, 0, (size_t)bytes);
+  }
+  if (j.splits > 1) {
+    j.part = moe_scratch(SCRATCH_DQ, j.splits * a->b * a->h * MOE_MIN(a->t, round) * a->d * size);
+    if (j.part == NULL) return moe_fail(MOE_ENOMEM, "attention: no memory for gradients");
+  }
+  for (j.first = 0; j.first < MOE_MAX(a->t, 1); j.first += round) { /* without queries once, for the zeros of dk and dv */
+    j.last = MOE_MIN(a->t, j.first + round);
+    moe_parallel_range(heads * j.splits, grain, wide ? backward_range_f64 : backward_range_f32, &j);
+    if (j.splits > 1)
+      moe_parallel_range(a->b * a->h * (j.last - j.first), MOE_MAX(1, MOE_GRAIN / MOE_MAX(j.splits * a->d, 1)),
+                         wide ? add_parts_f64 : add_parts_f32, &j);
+  }
+  if (g->drelative) {
+    moe_parallel_range(a->h * entries, MOE_GRAIN, wide ? add_relative_f64 : add_relative_f32, &j);
+  }
+  return finished(&j);
 }

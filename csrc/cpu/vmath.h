@@ -64,6 +64,14 @@ static inline float vm_exp_f32(float x) {
   return y * vm_float((h + 127u) << 23) * vm_float((n - h + 127u) << 23);
 }
 
+/* exp for arguments that are hardly positive, as those of a softmax less its greatest: 0 below -87.3, up to 88. One factor. */
+static inline float vm_exp_soft_f32(float x) {
+  uint32_t n;
+  x = x < -88.0f ? -88.0f : x; /* n = -127: the factor's bits are those of 0 */
+  float r = vm_exp_reduce(x, &n);
+  return ((vm_exp_tail(r) * r * r + r) + 1.0f) * vm_float((n + 127u) << 23);
+}
+
 static inline float vm_expm1_f32(float x) {
   uint32_t n;
   x = x > 89.0f ? 89.0f : x;

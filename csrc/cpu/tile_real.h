@@ -1,0 +1,91 @@
+/* Products of matrices that a task holds in its cache, for one element type: REAL and R(x) are set where it is
+** included. Everything is padded: rows of a result in steps of ROWS, their width in whole vectors, so that no product has
+** a remainder. The order of every sum is that of its index.
+*/
+#ifndef MOE_VEC_BYTES
+#if defined __AVX512F__
+#define MOE_VEC_BYTES 64
+#elif defined __AVX__
+#define MOE_VEC_BYTES 32
+#else
+#define MOE_VEC_BYTES 16
+#endif
+#if defined __AVX512F__ || defined __aarch64__
+#define MOE_VEC_REGISTERS 32
+#else
+#define MOE_VEC_REGISTERS 16
+#endif
+#endif
+
+typedef REAL R(vec) __attribute__((vector_size(MOE_VEC_BYTES), aligned(sizeof(REAL)), may_alias));
+enum {
+  R(VL) = MOE_VEC_BYTES / (int)sizeof(REAL), /* elements of a vector */
+  R(WIDE) = 2 * R(VL),                  /* columns of a tile, and of a panel */
+  R(ROWS) = MOE_VEC_REGISTERS / 4            /* rows of a tile */
+};
+
+static inline int64_t R(whole)(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+/* y_r [vecs VL] (row stride ldy) (+)= sum over i < n of a[r so + i si] x_i (row stride ldx) for `rows` rows. */
+static inline __attribute__((always_inline)) void R(tile)(const int rows, const int vecs, int64_t n, REAL *y, int64_t ldy,
+                                                               const REAL *a, int64_t so, int64_t si, const REAL *x,
+                                                               int64_t ldx, bool add) {
+  R(vec) acc[R(ROWS)][2];
+  for (int r = 0; r < rows; r++)
+    for (int v = 0; v < vecs; v++) acc[r][v] = add ? *(const R(vec) *)(y + r * ldy + v * R(VL)) : (R(vec)){0};
+  for (int64_t i = 0; i < n; i++) {
+    R(vec) row[2];
+    for (int v = 0; v < vecs; v++) row[v] = *(const R(vec) *)(x + i * ldx + v * R(VL));
+    for (int r = 0; r < rows; r++) {
+      REAL w = a[r * so + i * si];
+      for (int v = 0; v < vecs; v++) acc[r][v] += w * row[v];
+    }
+  }
+  for (int r = 0; r < rows; r++)
+    for (int v = 0; v < vecs; v++) *(R(vec) *)(y + r * ldy + v * R(VL)) = acc[r][v];
+}
+
+/* The same for ROWS rows of `width` columns, a multiple of VL. */
+static void R(strip)(int64_t n, int64_t width, REAL *y, int64_t ldy, const REAL *a, int64_t so, int64_t si, const REAL *x,
+                          int64_t ldx, bool add) {
+  int64_t at = 0;
+  for (; at + R(WIDE) <= width; at += R(WIDE))
+    R(tile)(R(ROWS), 2, n, y + at, ldy, a, so, si, x + at, ldx, add);
+  if (at < width) R(tile)(R(ROWS), 1, n, y + at, ldy, a, so, si, x + at, ldx, add);
+}
+
+/* [n, width] with rows of `to` columns <- rows of x (stride ldx) times `by`, zeros behind them; whether all are finite. */
+static bool R(pack_rows)(REAL *restrict y, int64_t to, const REAL *x, int64_t ldx, int64_t n, int64_t width, REAL by) {
+  REAL probe = 0;
+  for (int64_t i = 0; i < n; i++) {
+    const REAL *restrict xi = x + i * ldx;
+    REAL *restrict yi = y + i * to;
+#pragma omp simd reduction(+ : probe)
+    for (int64_t c = 0; c < width; c++) {
+      yi[c] = xi[c] * by;
+      probe += xi[c] * 0;
+    }
+    for (int64_t c = width; c < to; c++) yi[c] = 0;
+  }
+  return probe == 0;
+}
+
+/* Panels [n / WIDE][width][WIDE] <- the transpose of rows of x, zeros beyond n. */
+static void R(pack_panels)(REAL *restrict y, const REAL *x, int64_t ldx, int64_t n, int64_t width) {
+  for (int64_t p = 0; p < n; p += R(WIDE), y += width * R(WIDE))
+    for (int64_t l = 0; l < R(WIDE); l += 4) {
+      if (p + l + 4 <= n) {
+        const REAL *x0 = x + (p + l) * ldx, *x1 = x0 + ldx, *x2 = x1 + ldx, *x3 = x2 + ldx;
+        for (int64_t c = 0; c < width; c++) {
+          REAL *to = y + c * R(WIDE) + l;
+          to[0] = x0[c];
+          to[1] = x1[c];
+          to[2] = x2[c];
+          to[3] = x3[c];
+        }
+        continue;
+      }
+      for (int64_t c = 0; c < width; c++)
+        for (int64_t r = l; r < l + 4; r++) y[c * R(WIDE) + r] = p + r < n ? x[(p + r) * ldx + c] : 0;
+    }
+}
