@@ -5,6 +5,7 @@
 #include <math.h>
 
 #include "cpu/cpu.h"
+#include "cpu/order.h"
 
 enum {
   BLOCK = 256,   /* elements summed in their own type before they go to f64 */
@@ -21,9 +22,17 @@ typedef struct job {
 
 #define REAL float
 #define NAME(name) name##_f32
+#define KEY int32_t
+#define KEY_MAX INT32_MAX
+#define BITS moe_f32_bits
+#define UNBITS(b) moe_bits_f32((uint32_t)(b))
 #include "cpu/poly_real.h"
 #define REAL double
 #define NAME(name) name##_f64
+#define KEY int64_t
+#define KEY_MAX INT64_MAX
+#define BITS moe_f64_bits
+#define UNBITS(b) moe_bits_f64((uint64_t)(b))
 #include "cpu/poly_real.h"
 
 static moe_status run(moe_range_fn *f32, moe_range_fn *f64, moe_dtype dt, int64_t rows, job *j) {

@@ -18,15 +18,15 @@ static inline REAL NAME(sum)(const REAL *restrict x, int64_t m) {
 }
 
 /* Rows are divided by their largest magnitude where that is above 1, so that no power overflows: the ratios stay,
-** eps shrinks with the power. */
+** eps shrinks with the power. A NaN gives NaN. */
 static inline REAL NAME(scale)(const REAL *restrict x, int64_t n) {
-  REAL most = 1;
+  KEY most = BITS(1);
 #pragma omp simd reduction(max : most)
   for (int64_t j = 0; j < n; j++) {
-    REAL v = x[j] < 0 ? -x[j] : x[j];
+    KEY v = BITS(x[j]) & KEY_MAX; /* of the magnitude: the bits order as the values do */
     most = v > most ? v : most;
   }
-  return 1 / most;
+  return 1 / UNBITS(most);
 }
 
 /* z [m] <- what the powers are taken of */
@@ -140,3 +140,7 @@ static void NAME(backward)(void *arg, int64_t begin, int64_t end, int worker) {
 
 #undef REAL
 #undef NAME
+#undef KEY
+#undef KEY_MAX
+#undef BITS
+#undef UNBITS
