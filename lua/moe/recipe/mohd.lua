@@ -5,10 +5,10 @@
 --   writing:   y[g] = W_out[g, :] f(h) for g in S, 0 else
 --   fusion:    z[g] = sum_g' M[g, g'] y[g'],   M = I to begin with             group fusion
 --
--- The residual stream is several times as wide as what a token's attention and feed-forward network read and write of it: products
--- are over the active slices alone (moe.nn.sliced_linear), so that a token costs what a narrow model costs. The default layer routes
--- whole networks; here the networks stay, and the dimensions are routed. Of the paper's text the forms of scaling and fusion and
--- the gate (1, with the gradient of the softmax) are ours; shared groups come first.
+-- The residual stream is several times as wide as what a token's attention and feed-forward network read and write of it:
+-- products are over the active slices alone (moe.nn.sliced_linear), so that a token costs what a narrow model costs. The default
+-- layer routes whole networks; here the networks stay, and the dimensions are routed. Of the paper's text the forms of scaling
+-- and fusion and the gate (1, with the gradient of the softmax) are ours; shared groups come first.
 
 local moe = require "moe"
 local nn, core = moe.nn, moe.core
@@ -91,8 +91,8 @@ function M.mixer(o)
   end)))
 end
 
---- The language model: hidden width o.expand (3) times o.d_model, of which as much as o.d_model is active: o.active of o.groups (8 of
--- 24) groups, o.shared (a quarter of them) always. scaling = false leaves it out.
+--- The language model: hidden width o.expand (3) times o.d_model, of which as much as o.d_model is active: o.active of o.groups
+-- (8 of 24) groups, o.shared (a quarter of them) always. scaling = false leaves it out.
 function M.model(o)
   local expand, groups = o.expand or 3, o.groups or (o.expand or 3) * 8
   local active = o.active or groups // expand

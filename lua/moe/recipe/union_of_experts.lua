@@ -14,8 +14,8 @@ local moe = require "moe"
 local M = {
   title = "Union of Experts", paper = "arXiv 2503.02495", number = 11,
   claim = "all experts and patches on = the dense model; lower loss than a top-k mixture at fewer operations",
-  outcome = "identities exact; at 76 % of the operations 2.534 against 2.545 (150 steps, three seeds), but 2.37 against 2.25 after 500 steps: " ..
-    "not reproduced for long training",
+  outcome = "identities exact; at 76 % of the operations 2.534 against 2.545 (150 steps, three seeds), but 2.37 against 2.25 " ..
+    "after 500 steps: not reproduced for longer training",
 }
 
 local function router(top_k, share, o)

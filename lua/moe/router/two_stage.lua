@@ -24,6 +24,9 @@ function TwoStage:init(given)
   local S, R = o.num_shared, o.num_experts and o.num_experts - o.num_shared
   if S < 0 then self:fail("option 'num_shared' must not be negative, got %d", S) end
   if o.top_k < 1 then self:fail("option 'top_k' must be at least 1, got %d", o.top_k) end
+  if o.top_k == 1 and o.norm_topk_prob then
+    self:fail "norm_topk_prob with top_k = 1 makes the weight constant and cuts the router off from its gradient"
+  end
   if R and o.top_k > R then
     self:fail("top_k is %d, but of %d experts %d are shared, which leaves %d to route", o.top_k, o.num_experts, S, math.max(R, 0))
   end

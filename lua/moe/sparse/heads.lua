@@ -225,12 +225,12 @@ end
 -- num_shared always work, of the rest top_k by moe.router.two_stage (or a router of one's own over num_heads experts). With
 -- every head chosen and weights of 1 it is plain attention. y [, state, routing] = m(x [batch, time, d_model] [, state, ctx]);
 -- state k, v [batch, num_kv_heads, time, head_dim]. A moe.layer: its methods, balance losses, capacity and statistics, and
--- ctx.mask, attn_mask, cu_seqlens. copy_from(attention). Options: d_model, num_heads, top_k (num_heads // 2), num_shared (0),
--- num_kv_heads (num_heads), head_dim (d_model / num_heads), causal (true), rope, rope_base, attention ("softmax",
--- "stick_breaking"), init, keys, and those of moe.layer. keys = "chosen" (default "all"): a head attends among the tokens that chose
--- it, and keys and values are made of those alone (experts.kv_proj [H, 2 D, d]; no state). Parameters router.*,
--- experts.q_proj [H, D, d], experts.o_proj [H, d, D], kv_proj.weight [2 kv D, d].
--- Jin et al. 2024 (arXiv 2410.11842, eq. 2-6); keys of the chosen: Yang et al. 2025 (arXiv 2503.02495).
+-- ctx.mask, attn_mask, cu_seqlens. copy_from(attention). Options: d_model, num_heads, top_k (num_heads // 2 - num_shared),
+-- num_shared (0), num_kv_heads (num_heads), head_dim (d_model / num_heads), causal (true), rope, rope_base, attention
+-- ("softmax", "stick_breaking"), init, keys, and those of moe.layer. keys = "chosen" (default "all"): a head attends among the
+-- tokens that chose it, and keys and values are made of those alone (experts.kv_proj [H, 2 D, d]; no state). Parameters
+-- router.*, experts.q_proj [H, D, d], experts.o_proj [H, d, D], kv_proj.weight [2 kv D, d]. Jin et al. 2024 (arXiv 2410.11842,
+-- eq. 2-6); keys of the chosen: Yang et al. 2025 (arXiv 2503.02495).
 local MoH = nn.module("mixture_of_heads", Mixer)
 local MOH <const> = rows_with { num_heads = { "integer", options.required }, num_shared = { "integer" } }
 
