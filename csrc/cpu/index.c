@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "cpu/cpu.h"
+#include "cpu/radix.h"
 
 /* --- bounds --- */
 
@@ -48,7 +49,7 @@ typedef struct row_job {
   const char *x;
   const int64_t *index;
   int64_t base, n, k, inner, esize;
-  int64_t *order, *start; /* positions sorted by row; where each row's begin: writing only */
+  int64_t *order;         /* positions sorted by row: writing only */
   int64_t grain, tasks;   /* sorted positions a task */
 } row_job;
 
@@ -79,23 +80,14 @@ moe_status MOE_CPU(rows_take)(void *y, const void *x, const int64_t *index, int6
   return MOE_OK;
 }
 
-/* A stable counting sort of the k positions by row: order[start[v] .. start[v+1]) are those of row v. */
+/* A stable sort of the k positions by row. */
 static moe_status sort_rows(row_job *r) {
-  r->start = moe_scratch(0, (r->n + 1 + r->k) * (int64_t)sizeof *r->start);
-  if (r->start == NULL) return moe_fail(MOE_ENOMEM, "out of memory for %lld positions", (long long)r->k);
-  r->order = r->start + r->n + 1;
-  memset(r->start, 0, (size_t)(r->n + 1) * sizeof *r->start);
-  for (int64_t j = 0; j < r->k; j++) r->start[r->index[j] - r->base]++;
-  int64_t sum = 0;
-  for (int64_t v = 0; v <= r->n; v++) {
-    int64_t c = r->start[v];
-    r->start[v] = sum;
-    sum += c;
-  }
-  /* placing moves each start to the next row's */
-  for (int64_t j = 0; j < r->k; j++) r->order[r->start[r->index[j] - r->base]++] = j;
-  memmove(r->start + 1, r->start, (size_t)r->n * sizeof *r->start);
-  r->start[0] = 0;
+  int64_t buckets = moe_radix_buckets(r->k, r->n);
+  r->order = moe_scratch(0, (3 * r->k + buckets) * (int64_t)sizeof *r->order);
+  if (r->order == NULL) return moe_fail(MOE_ENOMEM, "out of memory for %lld positions", (long long)r->k);
+  int64_t *key = r->order + r->k, *spare = key + r->k, *count = spare + r->k;
+  for (int64_t j = 0; j < r->k; j++) key[j] = r->index[j] - r->base;
+  moe_radix_sort(r->order, spare, NULL, key, r->k, r->n, count);
   return MOE_OK;
 }
 
@@ -117,9 +109,10 @@ static void lines_task(void *arg, int64_t task, int worker) {
   if (p > 0) /* a row that began before belongs to the task before */
     while (p < end && r->index[r->order[p]] == r->index[r->order[p - 1]]) p++;
   while (p < end) {
-    int64_t v = r->index[r->order[p]] - r->base;
-    w->line(r, o, v, r->order + p, r->start[v + 1] - p);
-    p = r->start[v + 1];
+    int64_t v = r->index[r->order[p]], next = p + 1;
+    while (next < r->k && r->index[r->order[next]] == v) next++;
+    w->line(r, o, v - r->base, r->order + p, next - p);
+    p = next;
   }
 }
 

@@ -6,7 +6,7 @@
 
 #include "cpu/cpu.h"
 
-enum { SCRATCH = 5, BLOCK = 16 };
+enum { SCRATCH = 5, BLOCK = 16, AHEAD = 2 };
 
 static moe_status check_positions(const int64_t *index, int64_t k, int64_t n, int64_t base) {
   for (int64_t p = 0; p < k; p++) /* base - 1: none */
@@ -23,7 +23,7 @@ typedef struct lookup {
   int64_t k, d, base;
 } lookup;
 
-/* Rows lie anywhere in a table far larger than the caches: the next one is asked for while this one is worked on. */
+/* Rows lie anywhere in a table far larger than the caches: the next ones are asked for while this one is worked on. */
 static inline void fetch(const char *row, int64_t bytes) {
   for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b);
 }
@@ -39,7 +39,8 @@ static inline void fetch(const char *row, int64_t bytes) {
       const int64_t *index = j->index + t * k;                                                                        \
       for (int64_t c = 0; c < d; c++) y[c] = 0;                                                                       \
       for (int64_t i = 0; i < k; i++) {                                                                               \
-        if (i + 2 < k && index[i + 2] >= j->base) fetch((const char *)(table + (index[i + 2] - j->base) * d), d * (int64_t)sizeof(T)); \
+        if (i + AHEAD < k && index[i + AHEAD] >= j->base)                                                             \
+          fetch((const char *)(table + (index[i + AHEAD] - j->base) * d), d * (int64_t)sizeof(T));                    \
         if (index[i] < j->base) continue;                                                                             \
         const T *restrict row = table + (index[i] - j->base) * d;                                                     \
         const T w = weight[t * k + i];                                                                                \
@@ -57,7 +58,8 @@ static inline void fetch(const char *row, int64_t bytes) {
       const T *restrict x = (const T *)j->x + t * d;                                                                  \
       const int64_t *index = j->index + t * k;                                                                        \
       for (int64_t i = 0; i < k; i++) {                                                                               \
-        if (i + 2 < k && index[i + 2] >= j->base) fetch((const char *)(table + (index[i + 2] - j->base) * d), d * (int64_t)sizeof(T)); \
+        if (i + AHEAD < k && index[i + AHEAD] >= j->base)                                                             \
+          fetch((const char *)(table + (index[i + AHEAD] - j->base) * d), d * (int64_t)sizeof(T));                    \
         T sum = 0;                                                                                                    \
         if (index[i] >= j->base) {                                                                                    \
           const T *restrict row = table + (index[i] - j->base) * d;                                                   \
@@ -103,18 +105,20 @@ typedef struct pairs {
 ** those with (i + 1) (j + 1) <= k can be among the k best. Sums are taken in double, so that for f32 they keep the order of
 ** their terms (a sum that two terms round to the same float would hide who is better), and equal sums go to the lowest slot. */
 #define PAIRS(T)                                                                                                      \
-  static void best_##T(int64_t *restrict at, T *restrict value, const T *restrict x, int64_t n, int64_t k) {          \
+  /* the k best of those of x that are not below `least`, in order; of equals the first, NaN as the least of all */   \
+  static void take_##T(int64_t *restrict at, T *restrict value, const T *restrict x, int64_t n, int64_t k, T least) { \
     int64_t have = 0;                                                                                                 \
     for (int64_t e = 0; e < n;) {                                                                                     \
-      if (have == k && e + BLOCK <= n) { /* most blocks hold nothing that is good enough */                           \
-        int better = 0;                                                                                               \
-        for (int64_t l = 0; l < BLOCK; l++) better |= x[e + l] > value[k - 1];                                        \
-        if (!better) {                                                                                                \
+      if (e + BLOCK <= n) { /* most blocks hold nothing that is good enough */                                        \
+        int any = 0;                                                                                                  \
+        for (int64_t l = 0; l < BLOCK; l++) any |= !(x[e + l] < least);                                               \
+        if (!any) {                                                                                                   \
           e += BLOCK;                                                                                                 \
           continue;                                                                                                   \
         }                                                                                                             \
       }                                                                                                               \
       for (int64_t stop = MOE_MIN(e + BLOCK, n); e < stop; e++) {                                                     \
+        if (x[e] < least) continue;                                                                                   \
         T v = x[e] == x[e] ? x[e] : -(T)INFINITY;                                                                     \
         if (have == k && !(v > value[k - 1])) continue;                                                               \
         int64_t i = have < k ? have++ : k - 1;                                                                        \
@@ -127,22 +131,38 @@ typedef struct pairs {
       }                                                                                                               \
     }                                                                                                                 \
   }                                                                                                                   \
+  /* The k-th best of the blocks' maxima is no more than the k-th best of all: a bound that leaves little to sort. */ \
+  static void best_##T(int64_t *restrict at, T *restrict value, const T *restrict x, int64_t n, int64_t k, T *top) {  \
+    int64_t blocks = n / BLOCK;                                                                                       \
+    T least = -(T)INFINITY;                                                                                           \
+    if (blocks >= 2 * k) {                                                                                            \
+      for (int64_t c = 0; c < blocks; c++) {                                                                          \
+        T most = -(T)INFINITY;                                                                                        \
+        for (int64_t l = 0; l < BLOCK; l++) most = x[c * BLOCK + l] > most ? x[c * BLOCK + l] : most;                 \
+        top[c] = most;                                                                                                \
+      }                                                                                                               \
+      take_##T(at, value, top, blocks, k, least);                                                                     \
+      least = value[k - 1];                                                                                           \
+    }                                                                                                                 \
+    take_##T(at, value, x, n, k, least);                                                                              \
+  }                                                                                                                   \
   static void pairs_##T(void *arg, int64_t begin, int64_t end, int worker) {                                          \
     (void)worker;                                                                                                     \
     pairs *p = arg;                                                                                                   \
     const int64_t n = p->n, m = p->m, k = p->k, ka = MOE_MIN(k, n), kb = MOE_MIN(k, m);                               \
-    char *room = moe_scratch(SCRATCH, (ka + kb) * (int64_t)(sizeof(int64_t) + sizeof(T)) + k * 16 + 64);              \
+    int64_t places = ka + kb, blocks = MOE_MAX(n, m) / BLOCK;                                                         \
+    char *room = moe_scratch(SCRATCH, k * 16 + places * (int64_t)(8 + sizeof(T)) + blocks * (int64_t)sizeof(T));      \
     if (room == NULL) {                                                                                               \
       atomic_store(&p->failed, 1);                                                                                    \
       return;                                                                                                         \
     }                                                                                                                 \
     double *sum = (double *)(void *)room;                                                                             \
     int64_t *slot = (int64_t *)(sum + k), *ia = slot + k, *ib = ia + ka;                                              \
-    T *va = (T *)(ib + kb), *vb = va + ka;                                                                            \
+    T *va = (T *)(ib + kb), *vb = va + ka, *top = vb + kb;                                                            \
     for (int64_t t = begin; t < end; t++) {                                                                           \
       const T *a = (const T *)p->a + t * n, *b = (const T *)p->b + t * m;                                             \
-      best_##T(ia, va, a, n, ka);                                                                                     \
-      best_##T(ib, vb, b, m, kb);                                                                                     \
+      best_##T(ia, va, a, n, ka, top);                                                                                \
+      best_##T(ib, vb, b, m, kb, top);                                                                                \
       int64_t have = 0;                                                                                               \
       for (int64_t i = 0; i < ka; i++) {                                                                              \
         for (int64_t j = 0; j < kb && (i + 1) * (j + 1) <= k; j++) {                                                  \

@@ -26,6 +26,18 @@ typedef struct pieces {
   void (*piece_f64)(const struct pieces *, int64_t tensor, int64_t at, int64_t begin, int64_t n);
 } pieces;
 
+/* Listed rows lie anywhere in tables larger than the caches: the beginning of the next one is asked for while this one is
+** worked on; the machine follows from there. */
+static void fetch_row(const pieces *s, int64_t tensor, int64_t at, int64_t n) {
+  int64_t esize = moe_dtype_size(s->dt), end = at * esize + MOE_MIN(n * esize, (int64_t)256);
+  void *const *state = s->state + tensor * MOE_OPTIM_STATES;
+  for (int64_t b = at * esize; b < end; b += 64) {
+    __builtin_prefetch((const char *)s->p[tensor] + b, 1);
+    for (int k = 0; k < MOE_OPTIM_STATES; k++)
+      if (state[k] != NULL) __builtin_prefetch((const char *)state[k] + b, 1);
+  }
+}
+
 static void piece_task(void *arg, int64_t task, int worker) {
   const pieces *s = arg;
   int64_t low = 0, high = s->count; /* the last tensor whose first piece is at or before `task` */
@@ -43,6 +55,7 @@ static void piece_task(void *arg, int64_t task, int worker) {
       int64_t d = s->width[low], column = begin % d;
       at = rows[begin / d] * d + column;
       n = MOE_MIN(d - column, end - begin);
+      if (begin + n < end) fetch_row(s, low, rows[begin / d + 1] * d, MOE_MIN(d, end - begin - n));
     }
     piece(s, low, at, begin, n);
   }

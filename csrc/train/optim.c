@@ -288,13 +288,30 @@ static moe_status run_alike(const moe_optim *o, job *jobs, int64_t *njobs, doubl
   return kernel(l->p, l->state, l->g, l->n, l->rows, l->width, count, l->hyper, dt);
 }
 
+/* The rows that a step has touched of a rounded parameter. */
+static moe_status write_rows(moe_tensor *t, moe_tensor *work, const moe_tensor *rows) {
+  int64_t k = moe_numel(rows), shape[MOE_MAX_DIM], d = 1;
+  for (int i = 1; i < t->ndim; i++) d *= shape[i] = t->shape[i];
+  shape[0] = k;
+  moe_tensor *part = moe_empty(t->ndim, shape, work->dtype, moe_dev(t));
+  if (part == NULL) return moe_error_code();
+  MOE_TRY(MOE_RUN(moe_dev(t), "optimizer", rows_take, moe_data(part), moe_data(work), moe_data_i64(rows), 0, (int64_t)1, t->shape[0], k, d,
+                  moe_dtype_size(work->dtype)));
+  if ((part = moe_to_raw(part, t->dtype, moe_dev(t))) == NULL) return moe_error_code();
+  moe_touch(t);
+  return MOE_RUN(moe_dev(t), "optimizer", rows_put, moe_data(t), moe_data(part), moe_data_i64(rows), 0, (int64_t)1, t->shape[0], k, d,
+                 moe_dtype_size(t->dtype));
+}
+
 /* After the kernel: the rounded or strided parameter follows its work copy. */
 static moe_status finish(job *j) {
   moe_optim_param *p = j->p;
+  moe_tensor *t = p->t;
   p->steps++;
-  if (j->work == p->t) moe_touch(p->t);
-  else MOE_TRY(moe_copy(p->t, j->work)); /* all of it, whatever rows were touched */
-  p->seen = p->t->storage->version;
+  if (j->work == t) moe_touch(t);
+  else if (moe_is_rows(t->grad) && moe_is_contiguous(t)) MOE_TRY(write_rows(t, j->work, t->grad->rows));
+  else MOE_TRY(moe_copy(t, j->work));
+  p->seen = t->storage->version;
   return MOE_OK;
 }
 
