@@ -174,12 +174,9 @@ static bool solve(solver *s) {
   for (int64_t u = 0; u <= n; u++) memcpy(s->open + u * E, score_of(s, u), (size_t)E * sizeof *s->open);
   for (int64_t e = 0; e < E; e++)
     for (int64_t u = 0; u <= n; u++) s->column[e * (n + 1) + u] = s->open[u * E + e];
-  for (int64_t u = 0; u < n; u++) { /* those whose every wish has room; the others would break the order of prices */
+  for (int64_t u = 0; u < n; u++) { /* wishes up to the first without room: a later one would break the order of prices */
     best_of(s, u);
-    bool fits = true;
-    for (int64_t i = 0; i < k; i++) fits &= s->load[s->done[i]] < s->room;
-    if (fits)
-      for (int64_t i = 0; i < k; i++) take(s, u, s->done[i]);
+    for (int64_t i = 0; i < k && s->load[s->done[i]] < s->room; i++) take(s, u, s->done[i]);
   }
   for (int64_t e = 0; e < E; e++)
     for (int64_t f = 0; f < E; f++) look(s, e, f);

@@ -47,8 +47,10 @@ function ZeroComputation:init(given)
     error(("%s: the bank's d_out is %d, but what is copied has d_model = %d"):format(name, self.bank.d_out, o.d_model), 3)
   end
   if o.constant > 0 then
-    self.constant_weight = base.parameter(o, { 1, 2 * o.constant, o.d_model }, o.init, o.d_model)
-    self.constant_weight = nn.parameter(self.constant_weight:detach():reshape { 2 * o.constant, o.d_model })
+    local w = core.zeros({ 2 * o.constant, o.d_model }, { dtype = o.dtype or "f32", device = o.device })
+    local r = 1 / math.sqrt(o.d_model)
+    if o.init ~= nil then nn.init.apply(w, o.init) else nn.init.uniform_(w, -r, r) end
+    self.constant_weight = nn.parameter(w)
     self.constant_value = base.parameter(o, { o.constant, o.d_model }, nil, o.d_model)
   end
 end

@@ -122,7 +122,7 @@ function M.demo(report)
     rows[#rows + 1] = { name .. ": mean AUC", r.mean }
     rows[#rows + 1] = { name .. ": share of dead activations", r.dead }
     rows[#rows + 1] = { name .. ": weight on rare tasks' own experts", (r.own[3] + r.own[6]) / 2 }
-    if report then report(name, r) end
+    if report then report(("%s: mean AUC %.3f"):format(name, r.mean)) end
   end
   return rows
 end
