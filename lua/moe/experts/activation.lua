@@ -4,7 +4,7 @@
 local core = require "moe.core"
 local nn = require "moe.nn"
 local base = require "moe.experts.base"
-local poly = require "moe.nn.poly"
+local coefficients = require "moe.nn.coefficients"
 local sparse = core._sparse
 
 local M = {}
@@ -55,7 +55,7 @@ end
 --- Gives a bank what its activation needs: `coefficients` [E, order + 1] of a polynomial, or the module as the child `act`.
 function M.attach(self, o)
   if POLY[o.act] then
-    self.coefficients = poly.start(o.order, self.num_experts, o)
+    self.coefficients = coefficients(o.order, self.num_experts, o)
   elseif type(o.act) ~= "string" then -- nil: the class says it
     self.act = o.act
   end

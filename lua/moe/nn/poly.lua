@@ -1,17 +1,10 @@
 -- Activations with learned coefficients.
 
-local core = require "moe.core"
 local nn = require "moe.nn.module"
 local options = require "moe.nn.options"
+local coefficients = require "moe.nn.coefficients"
 
 local M = {}
-
---- The first coefficients of a polynomial activation: a_0 = 0, the others 1 / order, as [terms] or a row for each of `rows`.
-function M.start(order, rows, o)
-  local a = core.full(rows and { rows, order + 1 } or { order + 1 }, 1 / order, { dtype = o.dtype or "f32", device = o.device })
-  a:narrow(-1, 1, 1):mul_(0)
-  return nn.parameter(a, { decay = false })
-end
 
 local ROWS <const> = { order = { "integer", 3 }, dtype = { "string" }, device = { "string" } }
 
@@ -32,7 +25,7 @@ M.poly_relu = PolyReLU
 function PolyReLU:init(given)
   local o = read("poly_relu", given, ROWS)
   self.order = o.order
-  self.coefficients = M.start(o.order, nil, o)
+  self.coefficients = coefficients(o.order, nil, o)
 end
 
 function PolyReLU:forward(x) return x:poly_relu(self.coefficients) end
@@ -51,7 +44,7 @@ for k, v in pairs(ROWS) do NORM_ROWS[k] = v end
 function PolyNorm:init(given)
   local o = read("poly_norm", given, NORM_ROWS)
   self.order, self.eps = o.order, o.eps
-  self.coefficients = M.start(o.order, nil, o)
+  self.coefficients = coefficients(o.order, nil, o)
 end
 
 function PolyNorm:forward(x) return x:poly_norm(self.coefficients, self.eps) end
