@@ -6,6 +6,12 @@
 --   opt:zero_grad(); loss:backward(); local norm = opt:step{ clip = 1.0 }
 --   opt.lr = opt.lr * 0.5; opt.groups[2].weight_decay = 0
 --
+-- A row-sparse gradient - of a table read by moe.embedding{ .., sparse = true }, moe.memory_mix or moe.memory_dots - lists the rows
+-- p.grad_rows [U] and what comes to them, p.grad_values [U, ..] (p.grad reads as a dense copy of both). A step moves
+-- these rows and their states alone, as PyTorch's SparseAdam: the others neither move nor decay, and bias correction counts
+-- the steps of the whole table. Clipping, accumulation, checkpoints and trainers work as with dense gradients, to the bit;
+-- hooks and moe.grad see dense ones.
+--
 -- no_decay says which parameters are spared from weight decay: "tagged" (the default: those that their layer marks),
 -- "vectors" (those of fewer than two dimensions) or "none".
 
