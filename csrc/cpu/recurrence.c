@@ -9,7 +9,7 @@
 
 enum {
   SCRATCH = 3, /* the scratch slot of these kernels */
-  BLOCK = 16,  /* rows of a block on the diagonal of a chunk: solved, or multiplied with wide decays, without a BLAS */
+  BLOCK = 16,  /* rows of a block on the diagonal of a chunk that is solved, or multiplied pair by pair, without a BLAS */
   SLAB = 64,   /* rows of a product of which the part above the diagonal is left out */
   STEPS = 4    /* chunks of so few rows run step by step */
 };
@@ -25,6 +25,7 @@ typedef struct recurrence_job {
 
 #define REAL float
 #define TINY 1e-30f
+#define MILD 1e-15f
 #define R(x) x##_f32
 #define EXP vm_exp_f32
 #define GEMM moe_gemm_f32
@@ -32,12 +33,14 @@ typedef struct recurrence_job {
 #include "cpu/recurrence_back_real.h"
 #undef REAL
 #undef TINY
+#undef MILD
 #undef R
 #undef EXP
 #undef GEMM
 
 #define REAL double
 #define TINY 1e-290
+#define MILD 1e-140
 #define R(x) x##_f64
 #define EXP vm_exp_f64
 #define GEMM moe_gemm_f64

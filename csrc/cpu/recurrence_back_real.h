@@ -7,15 +7,44 @@
 ** chunk: the gradient by decay_t is that of all G_i, i >= t.
 */
 
-static void R(pair_wide_back)(const R(chunk) *c, const REAL *dm, const REAL *x, const REAL *y, REAL *dx, REAL *dy,
+/* Through the pairs of rows i0 .. of one block. */
+static void R(pair_block_back)(const R(chunk) *c, const REAL *dm, const REAL *x, const REAL *y, REAL *dx, REAL *dy, int64_t i0,
+                               int64_t rows, bool exclusive, bool own) {
+  int64_t n = c->n, dk = c->dk;
+  REAL *restrict p = c->t;
+  for (int64_t i = i0; i < i0 + rows; i++) {
+    const REAL *mi = dm + i * n, *restrict xi = x + i * dk, *restrict ai = c->a + i * dk;
+    REAL *restrict dxi = dx + i * dk;
+    if (own) {
+      const REAL *restrict yi = y + i * dk, g = mi[i];
+      REAL *restrict dyi = dy + i * dk;
+      for (int64_t e = 0; e < dk; e++) dxi[e] += g * yi[e], dyi[e] += g * xi[e];
+    }
+    for (int64_t e = 0; e < dk; e++) p[e] = exclusive ? 1 : ai[e];
+    for (int64_t j = i; j-- > i0;) {
+      const REAL *restrict yj = y + j * dk, *restrict aj = c->a + j * dk, g = mi[j];
+      REAL *restrict dyj = dy + j * dk;
+      for (int64_t e = 0; e < dk; e++) {
+        REAL by = g * p[e];
+        dxi[e] += by * yj[e];
+        dyj[e] += by * xi[e];
+        p[e] = R(flush)(p[e] * aj[e]);
+      }
+    }
+  }
+}
+
+static void R(pair_wide_back)(const R(chunk) *c, REAL *dm, const REAL *x, const REAL *y, REAL *dx, REAL *dy,
                               bool exclusive, bool own) {
   int64_t n = c->n, dk = c->dk;
-  for (int64_t i0 = 0; i0 < n; i0 += BLOCK) {
-    int64_t rows = MOE_MIN(BLOCK, n - i0);
-    if (i0 > 0) {
-      const REAL *di = dm + i0 * n;
+  for (int64_t i0 = 0; i0 < n; i0 += c->block) {
+    int64_t rows = MOE_MIN(c->block, n - i0), before = c->mild ? i0 + rows : i0; /* columns done by products */
+    REAL *di = dm + i0 * n;
+    R(cut_block)(dm, n, i0, rows, own);
+    if (before > 0) {
       R(times)(c->y, y, c->toward, i0, dk, dk, false);
-      GEMM(false, false, rows, dk, i0, 1, di, n, c->y, dk, 0, c->t, dk);
+      if (c->mild) R(times)(c->y + i0 * dk, y + i0 * dk, c->inverse + i0 * dk, rows, dk, dk, false);
+      GEMM(false, false, rows, dk, before, 1, di, n, c->y, dk, 0, c->t, dk);
       if (exclusive) {
         for (int64_t e = 0; e < dk; e++) dx[i0 * dk + e] += c->t[e];
         R(times)(dx + (i0 + 1) * dk, c->t + dk, c->within + i0 * dk, rows - 1, dk, dk, true);
@@ -23,31 +52,12 @@ static void R(pair_wide_back)(const R(chunk) *c, const REAL *dm, const REAL *x, 
         R(times)(dx + i0 * dk, c->t, c->within + i0 * dk, rows, dk, dk, true);
       }
       R(from_start)(c, x, i0, rows, exclusive);
-      GEMM(true, false, i0, dk, rows, 1, di, n, c->x, dk, 0, c->t, dk);
+      GEMM(true, false, before, dk, rows, 1, di, n, c->x, dk, 0, c->t, dk);
       R(times)(dy, c->t, c->toward, i0, dk, dk, true);
+      if (c->mild) R(times)(dy + i0 * dk, c->t + i0 * dk, c->inverse + i0 * dk, rows, dk, dk, true);
     }
-    REAL *restrict p = c->t;
-    for (int64_t i = i0; i < i0 + rows; i++) {
-      const REAL *mi = dm + i * n, *restrict xi = x + i * dk, *restrict ai = c->a + i * dk;
-      REAL *restrict dxi = dx + i * dk;
-      if (own) {
-        const REAL *restrict yi = y + i * dk, g = mi[i];
-        REAL *restrict dyi = dy + i * dk;
-        for (int64_t e = 0; e < dk; e++) dxi[e] += g * yi[e], dyi[e] += g * xi[e];
-      }
-      for (int64_t e = 0; e < dk; e++) p[e] = exclusive ? 1 : ai[e];
-      for (int64_t j = i; j-- > i0;) {
-        const REAL *restrict yj = y + j * dk, *restrict aj = c->a + j * dk, g = mi[j];
-        REAL *restrict dyj = dy + j * dk;
-        for (int64_t e = 0; e < dk; e++) {
-          REAL by = g * p[e];
-          dxi[e] += by * yj[e];
-          dyj[e] += by * xi[e];
-          p[e] = R(flush)(p[e] * aj[e]);
-        }
-      }
-    }
-    R(next_block)(c, i0, rows);
+    if (!c->mild) R(pair_block_back)(c, dm, x, y, dx, dy, i0, rows, exclusive, own);
+    if (i0 + rows < n) R(next_block)(c, i0, rows);
   }
 }
 
@@ -143,8 +153,7 @@ static void R(chunk_backward)(R(chunk) *c, const moe_recurrence *f, const REAL *
     if (!f->delta) {
       R(lower)(c->m2, c->du, dv, c->v, dv, n, dv);
       R(pair_back)(c, c->m2, c->r, c->k, c->dr, c->dk_, r_exclusive, false);
-      R(pair)(c, c->m, c->r, c->k, r_exclusive, false);
-      R(upper_times)(c->dval, dv, c->m, c->du, dv, n, dv);
+      R(upper_times)(c->dval, dv, c->known, c->du, dv, n, dv);
     }
   }
   if (want_decay) R(decay_back)(c, f);

@@ -15,7 +15,9 @@
 ** sums: none overflows while decays are at most 1, a decay of 0 is exact, and products below TINY are 0, so that no
 ** subnormal number slows the loops. With one decay a head they are a matrix [n, n] (l). With a decay a column, rows are
 ** taken in blocks: D(j, i) for j in an earlier block is D(j, start of i's block) D(start, i), one factor for each side of
-** a matrix product; within a block pairs of rows are done one by one.
+** a matrix product. Within a block it is D(start, i) / D(start, j), again one for each side, as long as no product in the
+** block falls below MILD: the blocks of a chunk are as large as that allows. Where decays are so strong that BLOCK rows
+** are too many, pairs of rows within a block are done one by one.
 */
 
 /* The running chunk, all in scratch. w: columns of a decay, dk or 1. */
@@ -27,13 +29,17 @@ typedef struct R(chunk) {
   REAL *a;           /* [n, w] exp(decay) */
   REAL *pre;         /* [n + 1, w] from the start of the chunk through row i - 1 */
   REAL *suf;         /* [n, w] from behind row i to the end of the chunk */
+  int64_t block;     /* wide: rows of a block */
+  bool mild;         /* wide: quotients serve within a block */
   REAL *within;      /* wide: [n, dk] from the start of the block through row i */
+  REAL *inverse;     /* wide, mild: 1 / within */
   REAL *rest;        /* wide: [n, dk] from behind row i to the end of its block */
   REAL *toward;      /* wide: [n, dk] from behind row j to the start of the running block */
   REAL *l;           /* one decay a head: [n, n] l_ij = D(j, i) for j <= i */
   REAL *x, *y;       /* [n, dk] products of rows and decays */
   REAL *m, *m2;      /* [n, n] */
   REAL *solve;       /* [n, n] M(r, p) */
+  REAL *known;       /* [n, n] M(r, k) of low-rank decays */
   REAL *state;       /* [dk, dv] */
   /* backward */
   REAL *dq, *dk_, *dr, *dp, *t; /* [n, dk] */
@@ -79,6 +85,7 @@ static bool R(chunk_layout)(R(chunk) *c, const moe_recurrence *f, int64_t room, 
     TAKE(pre, (room + 1) * w, true);
     TAKE(suf, room * w, true);
     TAKE(within, room * dk, f->wide);
+    TAKE(inverse, room * dk, f->wide);
     TAKE(rest, room * dk, f->wide);
     TAKE(toward, room * dk, f->wide);
     TAKE(l, room * room, !f->wide);
@@ -87,6 +94,7 @@ static bool R(chunk_layout)(R(chunk) *c, const moe_recurrence *f, int64_t room, 
     TAKE(m, room * room, true);
     TAKE(m2, room * room, backward);
     TAKE(solve, room * room, reads);
+    TAKE(known, room * room, reads && !f->delta);
     TAKE(state, dk * dv, backward);
     TAKE(dq, room * dk, backward);
     TAKE(dk_, room * dk, backward);
@@ -123,6 +131,20 @@ static void R(copy_rows)(REAL *restrict to, const moe_row_list *l, int64_t b, in
   }
 }
 
+/* Lays blocks of that many rows; whether all products within them are mild. */
+static bool R(blocks)(R(chunk) *c, int64_t block) {
+  int64_t n = c->n, w = c->w, strong = 0;
+  c->block = block;
+  for (int64_t i0 = 0; i0 < n; i0 += block)
+    for (int64_t i = i0; i < MOE_MIN(i0 + block, n); i++) {
+      REAL *restrict to = c->within + i * w;
+      const REAL *restrict from = i == i0 ? NULL : to - w, *restrict a = c->a + i * w;
+      for (int64_t e = 0; e < w; e++) to[e] = from ? R(flush)(from[e] * a[e]) : a[e];
+      for (int64_t e = 0; e < w; e++) strong += !(to[e] >= MILD && to[e] <= 1 / MILD); /* NaN is not mild */
+    }
+  return strong == 0;
+}
+
 /* The decays of the chunk's rows and all their running products. */
 static void R(load_decays)(R(chunk) *c, const moe_recurrence *f, int64_t b, int64_t t, int64_t h) {
   int64_t n = c->n, w = c->w;
@@ -151,11 +173,11 @@ static void R(load_decays)(R(chunk) *c, const moe_recurrence *f, int64_t b, int6
     }
     return;
   }
-  for (int64_t i0 = 0; i0 < n; i0 += BLOCK) {
-    int64_t end = MOE_MIN(i0 + BLOCK, n);
-    for (int64_t i = i0; i < end; i++)
-      for (int64_t e = 0; e < w; e++)
-        c->within[i * w + e] = R(flush)((i == i0 ? 1 : c->within[(i - 1) * w + e]) * c->a[i * w + e]);
+  c->mild = R(blocks)(c, n) || R(blocks)(c, 2 * BLOCK) || R(blocks)(c, BLOCK);
+  if (c->mild)
+    for (int64_t i = 0; i < n * w; i++) c->inverse[i] = 1 / c->within[i];
+  for (int64_t i0 = 0; i0 < n; i0 += c->block) {
+    int64_t end = MOE_MIN(i0 + c->block, n);
     for (int64_t i = end; i-- > i0;)
       for (int64_t e = 0; e < w; e++)
         c->rest[i * w + e] = i == end - 1 ? 1 : R(flush)(c->rest[(i + 1) * w + e] * c->a[(i + 1) * w + e]);
@@ -267,36 +289,49 @@ static void R(next_block)(const R(chunk) *c, int64_t i0, int64_t rows) {
   memcpy(c->toward + i0 * dk, c->rest + i0 * dk, (size_t)(rows * dk) * sizeof(REAL));
 }
 
+/* m, in rows i0 .. of a block: what a read of that kind does not see becomes 0. */
+static void R(cut_block)(REAL *m, int64_t n, int64_t i0, int64_t rows, bool own) {
+  for (int64_t i = i0; i < i0 + rows; i++)
+    for (int64_t j = own ? i + 1 : i; j < n; j++) m[i * n + j] = 0;
+}
+
+/* Rows i0 .. of M(x, y) for the columns of the same block, pair by pair. */
+static void R(pair_block)(const R(chunk) *c, REAL *m, const REAL *x, const REAL *y, int64_t i0, int64_t rows, bool exclusive) {
+  int64_t n = c->n, dk = c->dk;
+  REAL *restrict z = c->t;
+  for (int64_t i = i0; i < i0 + rows; i++) {
+    REAL *mi = m + i * n;
+    const REAL *restrict xi = x + i * dk, *restrict ai = c->a + i * dk;
+    mi[i] = R(dot)(xi, y + i * dk, dk);
+    for (int64_t e = 0; e < dk; e++) z[e] = exclusive ? xi[e] : xi[e] * ai[e];
+    for (int64_t j = i; j-- > i0;) {
+      const REAL *restrict yj = y + j * dk, *restrict aj = c->a + j * dk;
+      REAL sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t e = 0; e < dk; e++) {
+        sum += z[e] * yj[e];
+        REAL next = z[e] * aj[e];
+        z[e] = next < TINY && next > -TINY ? 0 : next;
+      }
+      mi[j] = sum;
+    }
+  }
+}
+
 /* M(x, y) [n, n] with wide decays. own: a row sees its own write. */
 static void R(pair_wide)(const R(chunk) *c, REAL *m, const REAL *x, const REAL *y, bool exclusive, bool own) {
   int64_t n = c->n, dk = c->dk;
-  REAL *restrict z = c->t;
-  for (int64_t i0 = 0; i0 < n; i0 += BLOCK) {
-    int64_t rows = MOE_MIN(BLOCK, n - i0);
-    if (i0 > 0) {
+  for (int64_t i0 = 0; i0 < n; i0 += c->block) {
+    int64_t rows = MOE_MIN(c->block, n - i0), before = c->mild ? i0 + rows : i0; /* columns done by products */
+    if (before > 0) {
       R(from_start)(c, x, i0, rows, exclusive);
       R(times)(c->y, y, c->toward, i0, dk, dk, false);
-      GEMM(false, true, rows, i0, dk, 1, c->x, dk, c->y, dk, 0, m + i0 * n, n);
+      if (c->mild) R(times)(c->y + i0 * dk, y + i0 * dk, c->inverse + i0 * dk, rows, dk, dk, false);
+      GEMM(false, true, rows, before, dk, 1, c->x, dk, c->y, dk, 0, m + i0 * n, n);
     }
-    for (int64_t i = i0; i < i0 + rows; i++) {
-      REAL *mi = m + i * n;
-      const REAL *restrict xi = x + i * dk, *restrict ai = c->a + i * dk;
-      for (int64_t j = i; j < n; j++) mi[j] = 0;
-      if (own) mi[i] = R(dot)(xi, y + i * dk, dk);
-      for (int64_t e = 0; e < dk; e++) z[e] = exclusive ? xi[e] : xi[e] * ai[e];
-      for (int64_t j = i; j-- > i0;) {
-        const REAL *restrict yj = y + j * dk, *restrict aj = c->a + j * dk;
-        REAL sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t e = 0; e < dk; e++) {
-          sum += z[e] * yj[e];
-          REAL next = z[e] * aj[e];
-          z[e] = next < TINY && next > -TINY ? 0 : next;
-        }
-        mi[j] = sum;
-      }
-    }
-    R(next_block)(c, i0, rows);
+    if (!c->mild) R(pair_block)(c, m, x, y, i0, rows, exclusive);
+    R(cut_block)(m, n, i0, rows, own);
+    if (i0 + rows < n) R(next_block)(c, i0, rows);
   }
 }
 
@@ -353,14 +388,14 @@ static void R(bonus_diagonal)(const R(chunk) *c, REAL *m) {
   }
 }
 
-/* u: what is written by p; solve: M(r, p), kept for the backward. s: the state before the chunk. */
+/* u: what is written by p; M(r, p) and M(r, k) stay for the backward. s: the state before the chunk. */
 static void R(written)(R(chunk) *c, const moe_recurrence *f, const REAL *s) {
   int64_t n = c->n, dk = c->dk, dv = c->dv;
   bool exclusive = R_EXCLUSIVE(f);
   if (!f->delta) {
     for (int64_t i = 0; i < n * dv; i++) c->u[i] = 0;
-    R(pair)(c, c->m, c->r, c->k, exclusive, false);
-    R(lower_times)(c->u, dv, c->m, c->v, dv, n, dv);
+    R(pair)(c, c->known, c->r, c->k, exclusive, false);
+    R(lower_times)(c->u, dv, c->known, c->v, dv, n, dv);
   }
   R(times)(c->x, c->r, c->pre + (exclusive ? 0 : c->w), n, dk, c->w, false);
   GEMM(false, false, n, dv, dk, 1, c->x, dk, s, dv, 1, c->u, dv);

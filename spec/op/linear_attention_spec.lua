@@ -52,18 +52,18 @@ local FAMILY <const> = {
   { "Mamba-2", { hk = 1 }, function(r, s)
     return { decay = -random(r, { s.b, s.t, s.h }):abs(), beta = random(r, { s.b, s.t, s.h }), scale = 1 }
   end },
-  { "gated linear attention", {}, function(r, s) return { decay = -random(r, { s.b, s.t, s.h, s.dk }):abs() } end },
+  { "gated linear attention", { wide = true }, function(r, s) return { decay = -random(r, { s.b, s.t, s.h, s.dk }):abs() } end },
   { "DeltaNet", {}, function(r, s) return { delta = true, beta = random(r, { s.b, s.t, s.h }):sigmoid() } end, unit = true },
   { "gated DeltaNet", { hk = 1 }, function(r, s)
     return { delta = true, beta = random(r, { s.b, s.t, s.h }):sigmoid(), decay = -random(r, { s.b, s.t, s.h }):abs() }
   end, unit = true },
-  { "Kimi delta attention", {}, function(r, s)
+  { "Kimi delta attention", { wide = true }, function(r, s)
     return { delta = true, beta = random(r, { s.b, s.t, s.h }):sigmoid(), decay = -random(r, { s.b, s.t, s.h, s.dk }):abs() }
   end, unit = true },
-  { "RWKV-6", {}, function(r, s)
+  { "RWKV-6", { wide = true }, function(r, s)
     return { decay = -random(r, { s.b, s.t, s.h, s.dk }):abs(), bonus = random(r, { s.h, s.dk }), scale = 1 }
   end },
-  { "RWKV-7", { hk = 2 }, function(r, s)
+  { "RWKV-7", { wide = true }, function(r, s)
     local kk = random(r, { s.b, s.t, s.hk, s.dk })
     kk = kk / (kk * kk):sum(4, true):sqrt()
     return { decay = -random(r, { s.b, s.t, s.h, s.dk }):abs(), a = -kk, b = kk * random(r, { s.b, s.t, s.hk, s.dk }):sigmoid(), scale = 1 }
@@ -132,6 +132,15 @@ describe("linear_attention", function()
         it(("length %d in chunks of %d: values and gradients of the loop"):format(t, chunk), function()
           local q, k, v, o = inputs(row, t)
           agree(run(naive, q, k, v, o), run(moe.linear_attention, q, k, v, with(o, { chunk_size = chunk })), 1e-9)
+        end)
+      end
+
+      -- wide decays take larger or smaller blocks, or go pair by pair, as strong as they are
+      for _, times in ipairs(row[2].wide and { 9, 20, 70 } or {}) do
+        it(("with decays %d times as strong"):format(times), function()
+          local q, k, v, o = inputs(row, 70)
+          o.decay = o.decay * times
+          agree(run(naive, q, k, v, o), run(moe.linear_attention, q, k, v, with(o, { chunk_size = 50 })), 1e-9)
         end)
       end
 
