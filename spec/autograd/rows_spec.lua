@@ -1,5 +1,5 @@
 -- Row-sparse gradients: the same numbers as dense ones, kept as the touched rows.
-require "spec.helper"
+local helper = require "spec.helper"
 local moe = require "moe"
 
 local function i64(list) return moe.tensor(list, { dtype = "i64" }) end
@@ -173,6 +173,27 @@ describe("optimizers on row-sparse gradients", function()
       end
     end)
   end
+
+  it("follow PyTorch's SparseAdam and SGD on a sparse embedding", function()
+    for _, case in ipairs(helper.fixture "sparse") do
+      local start = {}
+      for r = 0, 11 do start[r + 1] = { math.cos(3 * r), math.cos(3 * r + 1), math.cos(3 * r + 2) } end
+      local w = moe.tensor(start, { dtype = "f64", requires_grad = true })
+      case.options.weight_decay = 0
+      local opt = moe.optim[case.kind](w, case.options)
+      for s = 1, 6 do
+        local ids, factor = {}, {}
+        for i = 1, 5 do
+          ids[i] = (s * i * i + 3 * i) % 12 + 1
+          factor[i] = { math.sin(s + i), math.sin(s + i + 1), math.sin(s + i + 2) }
+        end
+        opt:zero_grad();
+        (moe.embedding(w, i64(ids), { sparse = true }) * moe.tensor(factor, { dtype = "f64" })):sum():backward()
+        opt:step()
+      end
+      assert.close(case.last, w, { rtol = 1e-11, atol = 1e-13 })
+    end
+  end)
 
   it("as PyTorch's SparseAdam, whose step count is the parameter's", function()
     -- one row, read in steps 1 and 3: m and v stand still in step 2, the bias correction does not
