@@ -19,6 +19,13 @@ local function composed(q, k, v, opts)
   local scores = q:matmul(k:transpose(3, 4)) * (opts.scale or 1 / math.sqrt(q.shape[4]))
   local seen = moe.ones({ t, s }, { dtype = "bool" })
   if opts.causal then seen = moe.ones({ t, s }):tril(s - t):to "bool" end
+  if opts.allowed then seen = seen:logical_and(opts.allowed) end
+  if opts.relative then
+    local entries = opts.relative.shape[#opts.relative.shape]
+    local stands = helper.tensor(opts.stands, { t, 1 }, { dtype = "i64" })
+    local place = (moe.arange(1, s):to "i64" - stands + (entries + 1) // 2):clamp(1, entries):reshape(-1)
+    scores = scores + opts.relative:index_select(-1, place):reshape { -1, t, s }
+  end
   if opts.mask and opts.mask.dtype == "bool" then seen = seen:logical_and(opts.mask) end
   if opts.mask and opts.mask.dtype ~= "bool" then scores = scores + opts.mask end
   seen = seen:expand(scores.shape)
@@ -33,21 +40,27 @@ end
 
 -- Results and gradients of attention and of the composed form, for one weight of the result.
 local function compare(q, k, v, opts, tolerance)
-  local inputs = { q, k, v }
+  local inputs = { q, k, v, [5] = opts.relative }
   local mask = opts.mask
   if mask and mask.dtype ~= "bool" then inputs[4] = mask end
   local function run(f)
     local x = {}
-    for i, t in ipairs(inputs) do
+    for i, t in pairs(inputs) do
       x[i] = t:detach()
       x[i].requires_grad = true
     end
-    local y = f(x[1], x[2], x[3], { mask = x[4] or mask, causal = opts.causal or false, scale = opts.scale })
+    local how = { mask = x[4] or mask, causal = opts.causal or false, scale = opts.scale, relative = x[5] }
+    if f == composed then
+      how.allowed, how.stands = opts.allowed, opts.stands
+    else
+      how.window, how.cu_seqlens, how.cu_seqlens_k = opts.window, opts.cu_seqlens, opts.cu_seqlens_k
+    end
+    local y = f(x[1], x[2], x[3], how)
     local w = helper.tensor(function(i) return math.sin(i * 1.7) end, y.shape, { dtype = y.dtype })
     local loss = (y * w):sum()
     loss:backward()
     local result = { y = y }
-    for i, name in ipairs { "dq", "dk", "dv", "dmask" } do result[name] = x[i] and x[i].grad end
+    for i, name in ipairs { "dq", "dk", "dv", "dmask", "drelative" } do result[name] = x[i] and x[i].grad end
     return result
   end
   local expected, got = run(composed), run(moe.attention)
@@ -189,6 +202,117 @@ describe("attention", function()
     end
   end)
 
+  -- of a query at key `stands(i)` of sequence `of(i)`: what the options say in other words
+  local function rule(t, s, causal, window, cu, cu_k)
+    cu, cu_k = cu or { 0, t }, cu_k or cu or { 0, s }
+    local function number(list, i)
+      for n = #list, 2, -1 do
+        if i > list[n - 1] and i <= list[n] then return n end
+      end
+    end
+    local function stands(i) return cu_k[number(cu, i)] - cu[number(cu, i)] + i end
+    local function allowed(i, j)
+      local far = stands(i) - j
+      return number(cu, i) == number(cu_k, j) and (not causal or far >= 0) and math.abs(far) < (window or math.huge)
+    end
+    return stands, allowed
+  end
+
+  for _, case in ipairs {
+    { t = 5, s = 5, window = 1 }, { t = 70, s = 90, window = 7 }, { t = 150, s = 150, window = 64 }, { t = 70, s = 300, window = 33 },
+    { t = 3, s = 5, window = 100 }, { t = 9, s = 9, cu = { 0, 4, 4, 5, 9 } }, { t = 200, s = 200, cu = { 0, 1, 70, 133, 200 } },
+    { t = 200, s = 200, cu = { 0, 100, 200 }, window = 20 }, { t = 60, s = 70, cu = { 0, 50, 60 }, cu_k = { 0, 5, 70 } },
+    { t = 1, s = 300, window = 40 }, { t = 6, s = 300, cu = { 0, 2, 4, 6 }, cu_k = { 0, 0, 290, 300 } },
+  } do
+    local title = ("t%d s%d window %s, packed %s"):format(case.t, case.s, case.window, case.cu and table.concat(case.cu, " "))
+    it("sees what window and cu_seqlens say: " .. title, function()
+      local rng = helper.random(case.t)
+      for _, causal in ipairs { true, false } do
+        local stands, may = rule(case.t, case.s, causal, case.window, case.cu, case.cu_k)
+        local allowed = {}
+        for i = 1, case.t do
+          allowed[i] = {}
+          for j = 1, case.s do allowed[i][j] = may(i, j) end
+        end
+        allowed = moe.tensor(allowed, { dtype = "bool" })
+        local function packed(list) return list and moe.tensor(list, { dtype = "i64" }) end
+        for _, dtype in ipairs { "f64", "f32" } do
+          local q, k, v = random(rng, { 1, 4, case.t, 6 }, dtype), random(rng, { 1, 2, case.s, 6 }, dtype),
+            random(rng, { 1, 2, case.s, 5 }, dtype)
+          local opts = { causal = causal, window = case.window, cu_seqlens = packed(case.cu), cu_seqlens_k = packed(case.cu_k),
+            stands = stands, allowed = allowed }
+          compare(q, k, v, opts, dtype == "f64" and 1e-11 or 3e-5)
+          if dtype == "f64" then
+            for _, shape in ipairs { { 4, 2 * case.s + 1 }, { 1, 7 }, { 1 } } do -- beyond the ends, the ends
+              opts.relative = random(rng, shape, dtype)
+              compare(q, k, v, opts, 1e-11)
+            end
+          end
+        end
+      end
+    end)
+  end
+
+  it("adds up the keys of few heads in parts, in the same order for 1 and 2 threads", function()
+    local before = moe.threads()
+    finally(function() moe.threads(before) end)
+    local rng = helper.random(5)
+    local q, k, v = random(rng, { 1, 2, 1100, 4 }, "f32"), random(rng, { 1, 1, 1100, 4 }, "f32"), random(rng, { 1, 1, 1100, 4 }, "f32")
+    local relative = random(rng, { 2, 41 }, "f32")
+    compare(q, k, v, { causal = true, relative = relative, stands = function(i) return i end }, 3e-5)
+    local results = {}
+    for n = 1, 2 do
+      moe.threads(n)
+      local x = { q:detach(), k:detach(), v:detach(), relative:detach() }
+      for i = 1, 4 do x[i].requires_grad = true end
+      moe.attention(x[1], x[2], x[3], { causal = true, relative = x[4] }):square():sum():backward()
+      results[n] = { x[1].grad, x[2].grad, x[3].grad, x[4].grad }
+    end
+    for i = 1, 4 do assert.close(results[1][i], results[2][i], { rtol = 0, atol = 0 }) end
+  end)
+
+  it("keeps what is not a number where it is seen", function()
+    local nan <const> = 0 / 0
+    for _, dtype in ipairs { "f32", "f64" } do
+      local rng = helper.random(8)
+      for i, broken in ipairs { "q", "k", "v", "g" } do
+        local x = {}
+        for _, name in ipairs { "q", "k", "v", "g" } do x[name] = random(rng, { 1, 1, 20, 3 }, dtype) end
+        local cu = moe.tensor({ 0, 9, 20 }, { dtype = "i64" })
+        local function run()
+          for _, name in ipairs { "q", "k", "v" } do
+            x[name].requires_grad, x[name].grad = true, nil
+          end
+          local y = moe.attention(x.q, x.k, x.v, { causal = true, cu_seqlens = cu })
+          y:backward(x.g)
+          return { y:detach(), x.q.grad, x.k.grad, x.v.grad }
+        end
+        local whole = run()
+        x[broken]:detach()[{ 1, 1, 12 }] = i % 2 == 0 and nan or math.huge
+        local got = run()
+        for r = 1, 4 do
+          assert.close(whole[r]:narrow(3, 1, 9), got[r]:narrow(3, 1, 9), { rtol = 1e-5, atol = 1e-6, name = broken .. r })
+        end
+        assert.close(whole[1]:narrow(3, 10, 2), got[1]:narrow(3, 10, 2), { rtol = 1e-5, atol = 1e-6, name = broken })
+        if broken ~= "g" then assert.is_false(got[1]:isfinite():all():item()) end
+      end
+    end
+  end)
+
+  it("needs memory by length alone, forward and backward", function()
+    local function peak(t)
+      local q = moe.randn(1, 1, t, 8)
+      q.requires_grad = true
+      moe.empty_cache()
+      moe.reset_peak_memory()
+      local before = moe.memory().live
+      moe.attention(q, q, q, { causal = true, window = 64 }):sum():backward()
+      return moe.memory().peak - before
+    end
+    local short, long = peak(512), peak(4096)
+    assert.is_true(long <= 8.5 * short and long < 4096 * 4096, ("%d and %d bytes"):format(short, long))
+  end)
+
   it("knows empty sizes", function()
     assert.same({ 0, 2, 3, 4 }, moe.attention(moe.zeros { 0, 2, 3, 4 }, moe.zeros { 0, 2, 3, 4 }, moe.zeros { 0, 2, 3, 4 }).shape)
     assert.same({ 1, 2, 0, 4 }, moe.attention(moe.zeros { 1, 2, 0, 4 }, moe.zeros { 1, 2, 3, 4 }, moe.zeros { 1, 2, 3, 4 }).shape)
@@ -217,5 +341,19 @@ describe("attention", function()
     says("seen must be i64 [batch, heads, queries] = [1, 2, 3], got i64 [1, 3, 2]",
       z(1, 2, 3, 4), z(1, 2, 3, 4), z(1, 2, 3, 4), { seen = moe.zeros({ 1, 3, 2 }, { dtype = "i64" }) })
     says("seen must be i64", z(1, 2, 3, 4), z(1, 2, 3, 4), z(1, 2, 3, 4), { seen = z(1, 2, 3) })
+    local function given(opts) return z(1, 2, 3, 4), z(1, 2, 5, 4), z(1, 2, 5, 4), opts end
+    local function counts(t) return moe.tensor(t, { dtype = "i64" }) end
+    says("window must be at least 1 (a position sees itself), got 0", given { window = 0 })
+    says("relative must be floats [heads or 1, 2 n - 1] (the middle: a key at the query's position), got f32 [2, 4]",
+      given { relative = z(2, 4) })
+    says("got f32 [3, 5]", given { relative = z(3, 5) })
+    says("cu_seqlens holds for q and k alike, but q has 3 positions and k has 5: give cu_seqlens_k", given { cu_seqlens = counts { 0, 3 } })
+    says("cu_seqlens_k wants cu_seqlens beside it", given { cu_seqlens_k = counts { 0, 5 } })
+    says("cu_seqlens must rise from 0 to the 3 positions of q, but its element 3 is 3",
+      given { cu_seqlens = counts { 0, 4, 3 }, cu_seqlens_k = counts { 0, 1, 5 } })
+    says("cu_seqlens_k must rise from 0 to the 5 positions of k, but its element 1 is 1",
+      given { cu_seqlens = counts { 0, 3 }, cu_seqlens_k = counts { 1, 5 } })
+    says("cu_seqlens and cu_seqlens_k must be of the same length, got 2 and 3",
+      given { cu_seqlens = counts { 0, 3 }, cu_seqlens_k = counts { 0, 1, 5 } })
   end)
 end)
