@@ -7,8 +7,8 @@ local options = require "moe.nn.options"
 
 local M = {}
 
---- The options of a choice, for the modules that contain one.
-M.ROWS = {
+-- The options of a choice, for the modules that contain one, too.
+local ROWS <const> = {
   d_model = { "integer", options.required }, num_keys = { "integer", options.required }, top_k = { "integer", 32 },
   heads = { "integer", 4 }, key_dim = { "integer" }, query_norm = { { "batch", "layer", "none" }, "batch" },
   query_bias = { "boolean", true }, rank = { "integer", 1 }, dtype = { "string" }, device = { "string" },
@@ -32,7 +32,7 @@ local Keys = nn.module "product_keys"
 M.product_keys = Keys
 
 function Keys:init(given)
-  local o = options.read("product_keys", given, M.ROWS, 2)
+  local o = options.read("product_keys", given, ROWS, 2)
   o.key_dim = o.key_dim or math.max(2, o.d_model // 4 * 2)
   for _, key in ipairs { "d_model", "num_keys", "top_k", "heads", "key_dim", "rank" } do
     if o[key] < 1 then error(("product_keys: option '%s' must be at least 1, got %d"):format(key, o[key]), 3) end
@@ -158,7 +158,7 @@ end
 --- The options of a memory, for the rows of its module: those of the choice, and its own.
 function M.rows(own)
   local rows = { score = { { "softmax", "sigmoid", "relu", "identity" }, "softmax" }, value_dim = { "integer" } }
-  for k, v in pairs(M.ROWS) do rows[k] = v end
+  for k, v in pairs(ROWS) do rows[k] = v end
   for k, v in pairs(own or {}) do rows[k] = v end
   return rows
 end
@@ -170,7 +170,7 @@ function M.setup(self, name, given, rows)
     error(("%s: option 'value_dim' must be at least 1, got %d"):format(name, o.value_dim), 4)
   end
   local of_keys = {}
-  for k in pairs(M.ROWS) do of_keys[k] = o[k] end
+  for k in pairs(ROWS) do of_keys[k] = o[k] end
   self._options = o
   self.d_model, self.value_dim = o.d_model, o.value_dim or o.d_model
   self.keys = Keys(of_keys)
