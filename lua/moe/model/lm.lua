@@ -1,35 +1,52 @@
--- A decoder language model: embeddings, layers of a mixer and a feed-forward network (dense or sparse), a head.
+-- A decoder language model: embeddings, layers of any mixer and a feed-forward network (dense or sparse), a head.
 
 local moe = require "moe"
 local nn = moe.nn
 local options = require "moe.nn.options"
 local Block = require "moe.model.block"
+local parts = require "moe.model.parts"
 local generate = require "moe.model.generate"
 local low = require("moe.core")._module
 
+--- A causal language model of any mixers and feed-forward networks:
+--   logits = head(norm(layer_n(.. layer_1(embed(ids) [+ positions])))), each layer as moe.model.block says.
+-- layer_types: one choice for all layers, a list of one a layer, or a shorter list that is repeated ({ "mamba", "mamba",
+-- "attention" } over 9 layers). A choice is the name of a mixer (moe.mixer: "attention", "mamba", "mamba2", "rwkv7", ..; "none" for a
+-- layer that is its ffn alone), a function(layer) -> mixer, or a module; one module in several layers shares its weights.
+-- mixers = { mamba = { d_state = 16 } } are options of each kind, or function(layer) -> them; d_model, num_heads and the place of
+-- those that know it follow the model. ffn likewise: "dense", "moe", "none", a function(layer) -> ffn, or a module.
+-- positional: "learned", "rope" (of the attention) or "none"; when not given, "none" as soon as a layer holds a named mixer that
+-- knows the order by itself (any but attention), else "learned". norm_placement ("post" needs no last norm) and residual: see
+-- moe.model.block. Mixers other than attention keep the initial values of their own papers; init and residual_scale leave them.
+-- logits = model(ids [batch, time]); logits, state = model(ids, ctx, state) with state = model:state(batch), whatever the mixers:
+-- whole, in pieces and token by token give the same. Options: ROWS in lua/moe/model/lm.lua.
 local LM = nn.module "lm"
 
 local ROWS = {
   vocab_size = { "integer", options.required },
   d_model = { "integer", options.required },
-  num_layers = { "integer", options.required },
-  num_heads = { "integer", 1 },
+  num_layers = { "integer" },            -- may be left out where layer_types lists them
+  layer_types = { "any" },               -- as said above
+  mixers = { "table" },                  -- options of each kind
+  num_heads = { "integer" },             -- attention: 1; other mixers: their own default
   num_kv_heads = { "integer" },
   head_dim = { "integer" },
   max_seq_len = { "integer" },           -- needed for learned positions; elsewhere a window for generate
-  positional = { { "learned", "rope", "none" }, "learned" },
+  positional = { { "learned", "rope", "none" } },
   rope_base = { "number" },
   qk_norm = { "boolean" },
   norm = { { "layernorm", "rmsnorm" }, "layernorm" },
   norm_eps = { "number" },
+  norm_placement = { { "pre", "post", "sandwich" }, "pre" },
+  residual = { { "serial", "parallel" }, "serial" },
   bias = { "boolean", false },           -- of the attention, the dense ffn and the norms
   qkv_bias = { "boolean" },              -- where it differs from bias
   norm_bias = { "boolean" },
   head_bias = { "boolean", false },
   dropout = { "number", 0 },             -- of embeddings, attention weights and what joins the residual stream
   tie_embeddings = { "boolean", true },
-  mixer = { "any", "attention" },        -- "attention", function(layer) -> mixer, or a list of those, one a layer
-  ffn = { "any", "dense" },              -- "dense", "moe", "none", function(layer) -> ffn, or a list of those
+  mixer = { "any" },                     -- another name of layer_types
+  ffn = { "any", "dense" },              -- as said above
   ffn_hidden = { "integer" },            -- default 4 d_model; for gated activations 8/3 d_model, rounded up to 16
   intermediate_size = { "integer" },     -- the same
   activation = { { "gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu", "geglu", "reglu" }, "gelu" },
@@ -39,71 +56,6 @@ local ROWS = {
   bias_init = { "string|function", "zeros" },
   residual_scale = { "boolean", true },  -- projections into the residual stream times 1 / sqrt(2 num_layers)
 }
-
-local GATED <const> = { swiglu = "silu", geglu = "gelu", reglu = "relu" } -- the activation of the gate
-
-local function of_layer(choice, i)
-  if type(choice) == "table" and getmetatable(choice) == nil then return choice[i] end
-  return choice
-end
-
-local function make_mixer(o, i)
-  local choice = of_layer(o.mixer, i)
-  if choice == "attention" then
-    return nn.attention {
-      d_model = o.d_model, num_heads = o.num_heads, num_kv_heads = o.num_kv_heads, head_dim = o.head_dim, bias = o.bias,
-      qkv_bias = o.qkv_bias, dropout = o.dropout, rope = o.positional == "rope", rope_base = o.rope_base,
-      qk_norm = o.qk_norm,
-    }
-  elseif type(choice) == "function" then
-    return choice(i)
-  elseif nn.is_module(choice) and type(o.mixer) == "table" then
-    return choice
-  end
-  error(("lm: the mixer of layer %d must be 'attention' or a function(layer), got %s"):format(i, tostring(choice)), 4)
-end
-
-local function hidden_size(o)
-  local hidden = o.intermediate_size or o.ffn_hidden
-  if hidden then return hidden end
-  if GATED[o.activation] then return (o.d_model * 8 // 3 + 15) // 16 * 16 end
-  return 4 * o.d_model
-end
-
--- The options of moe.layer: what is not given follows the model.
-local function sparse_layer(o, i)
-  local given = o.moe
-  if type(given) == "function" then given = given(i) end
-  local out = {}
-  for k, v in pairs(given or {}) do out[k] = v end
-  if out.num_experts == nil then error("lm: ffn = \"moe\" needs moe = { num_experts = ... }", 4) end
-  out.d_model = out.d_model or o.d_model
-  out.router = out.router or moe.router.topk { top_k = out.top_k or math.min(2, out.num_experts) }
-  if out.experts == nil then
-    local hidden = out.intermediate_size or hidden_size(o)
-    local gate = GATED[o.activation]
-    local bank = moe.experts[gate and "glu" or "mlp"]
-    out.experts = bank { intermediate_size = hidden, act = gate or o.activation, bias = o.bias }
-  end
-  out.top_k, out.intermediate_size = nil, nil
-  return moe.layer(out)
-end
-
-local function make_ffn(o, i)
-  local choice = of_layer(o.ffn, i)
-  if choice == "none" then
-    return nil
-  elseif choice == "dense" then
-    return nn.ffn { d_model = o.d_model, intermediate_size = hidden_size(o), activation = o.activation, bias = o.bias }
-  elseif choice == "moe" then
-    return sparse_layer(o, i)
-  elseif type(choice) == "function" then
-    return choice(i)
-  elseif nn.is_module(choice) and type(o.ffn) == "table" then
-    return choice
-  end
-  error(("lm: the ffn of layer %d must be 'dense', 'moe', 'none' or a function(layer), got %s"):format(i, tostring(choice)), 4)
-end
 
 -- --- initial values ---
 
@@ -150,10 +102,9 @@ local function init_weights(self, o)
     if self.positions then nn.init.apply(self.positions.weight:detach(), o.embedding_init) end
   end
   for i, block in ipairs(self.layers) do
-    local custom_mixer, custom_ffn = of_layer(o.mixer, i), of_layer(o.ffn, i)
-    if custom_mixer == "attention" then init_part(block.mixer, o) end
-    if custom_ffn == "dense" then init_part(block.ffn, o) end
-    if custom_ffn == "moe" then init_part(block.ffn, o, own_values(o, block.ffn)) end
+    if o.layer_types[i] == "attention" then init_part(block.mixer, o) end
+    if o.ffn[i] == "dense" then init_part(block.ffn, o) end
+    if o.ffn[i] == "moe" then init_part(block.ffn, o, own_values(o, block.ffn)) end
   end
   if self.head then
     if o.init ~= "default" then fill(self.head.weight, o.init) end
@@ -161,26 +112,39 @@ local function init_weights(self, o)
   end
 end
 
+-- Whether a layer holds a named mixer that knows the order of what it sees by itself.
+local function ordered(o)
+  for _, kind in ipairs(o.layer_types) do
+    if type(kind) == "string" and kind ~= "attention" and kind ~= "none" then return true end
+  end
+  return false
+end
+
 local function check(o)
+  if o.layer_types ~= nil and o.mixer ~= nil then error("lm: layer_types and mixer are one option: give one of them", 4) end
+  if o.layer_types == nil then o.layer_types = o.mixer end
+  if o.layer_types == nil then o.layer_types = "attention" end
+  if o.num_layers == nil then
+    local list = o.layer_types
+    if type(list) ~= "table" or getmetatable(list) ~= nil then error("lm: option 'num_layers' is missing", 4) end
+    o.num_layers = #list
+  end
   for _, name in ipairs { "vocab_size", "d_model", "num_layers", "num_heads", "max_seq_len", "intermediate_size" } do
     local least = name == "num_layers" and 0 or 1
     if o[name] and o[name] < least then
       error(("lm: %s must be at least %d, got %d"):format(name, least, o[name]), 4)
     end
   end
+  o.layer_types = parts.pattern("layer_types", o.layer_types, o.num_layers)
+  o.ffn = parts.pattern("ffn", o.ffn, o.num_layers)
+  parts.check_mixers(o)
+  if o.positional == nil then o.positional = ordered(o) and "none" or "learned" end
   if o.positional == "learned" and not o.max_seq_len then
     error("lm: positional = \"learned\" needs max_seq_len", 4)
   end
   if not (o.dropout >= 0 and o.dropout < 1) then error(("lm: dropout must lie in [0, 1), got %g"):format(o.dropout), 4) end
-  for _, name in ipairs { "mixer", "ffn" } do
-    local list = o[name]
-    if type(list) == "table" and getmetatable(list) == nil and #list ~= o.num_layers then
-      error(("lm: %s lists %d layers, num_layers is %d"):format(name, #list, o.num_layers), 4)
-    end
-  end
 end
 
---- A language model of these options (see ROWS in lua/moe/model/lm.lua).
 function LM:init(given)
   local o = options.read("lm", given, ROWS, 2)
   check(o)
@@ -194,12 +158,14 @@ function LM:init(given)
   local layers = nn.list()
   for i = 1, o.num_layers do
     layers:append(Block {
-      d_model = o.d_model, mixer = make_mixer(o, i), ffn = make_ffn(o, i), norm = o.norm, norm_eps = o.norm_eps,
-      norm_bias = norm_bias, dropout = o.dropout,
+      d_model = o.d_model, mixer = parts.mixer(o, i), ffn = parts.ffn(o, i), norm = o.norm, norm_eps = o.norm_eps,
+      norm_bias = norm_bias, norm_placement = o.norm_placement, residual = o.residual, dropout = o.dropout,
     })
   end
   self.layers = layers
-  self.norm = Block.make_norm { d_model = o.d_model, norm = o.norm, norm_eps = o.norm_eps, norm_bias = norm_bias }
+  if o.norm_placement ~= "post" or o.num_layers == 0 then -- after a post norm the stream is normed already
+    self.norm = Block.make_norm { d_model = o.d_model, norm = o.norm, norm_eps = o.norm_eps, norm_bias = norm_bias }
+  end
   if not o.tie_embeddings then
     self.head = nn.linear { in_features = o.d_model, out_features = o.vocab_size, bias = o.head_bias }
   end
@@ -273,9 +239,20 @@ local function is_sparse(self)
   return self._sparse
 end
 
+local function check_state(self, state)
+  if type(state) ~= "table" or math.type(state.position) ~= "integer" then
+    error(("lm: the state must be what model:state(batch) gives, got a %s"):format(
+      type(state) == "table" and "table without a position" or type(state)), 3)
+  end
+  for i = 1, #self.layers do
+    if state[i] == nil then error(("lm: the state holds nothing for layer %d"):format(i), 3) end
+  end
+end
+
 --- The normed last hidden states [batch, time, d_model]; with a state also the state after ids.
 function LM:hidden(ids, ctx, state)
   self.routings = {}
+  if state ~= nil then check_state(self, state) end
   local x = embed(self, ids, state and state.position or 0, ctx)
   local inner = (ctx ~= nil or is_sparse(self)) and inner_context(ctx, ids) or nil
   local after = state and { position = state.position + ids.shape[2] }
@@ -291,7 +268,8 @@ function LM:hidden(ids, ctx, state)
   end
   self.routings = inner and inner.routings or {}
   if ctx and inner.routings then ctx.routings, ctx.routing = inner.routings, inner.routing end
-  return self.norm(x), after
+  if self.norm then x = self.norm(x) end
+  return x, after
 end
 
 --- Scores of hidden states: [.., d_model] -> [.., vocab_size].
