@@ -200,6 +200,30 @@ describe("linear_attention", function()
     end)
   end
 
+  -- values and gradients of flash-linear-attention's plain loops (spec/fixture/make_recurrence.py)
+  local fixture = helper.fixture "recurrence"
+  for _, name in ipairs { "gla", "delta", "gated_delta", "kda", "rwkv6", "rwkv7" } do
+    it("agrees with an independent " .. name, function()
+      for _, chunk in ipairs { 64, 6, 1 } do
+        local arg, o = {}, { delta = name:find "delta" ~= nil or name == "kda", chunk_size = chunk }
+        for _, key in ipairs { "q", "k", "v", table.unpack(GRADED, 4) } do
+          local x = fixture[name .. "." .. key]
+          if x then
+            arg[key] = x:clone():requires_grad_()
+            if #key > 1 or key == "a" or key == "b" then o[key] = arg[key] end
+          end
+        end
+        local y, S = moe.linear_attention(arg.q, arg.k, arg.v, o)
+        assert.close(fixture[name .. ".o"], y, { rtol = 1e-5, atol = 2e-6 })
+        assert.close(fixture[name .. ".state"], S, { rtol = 1e-5, atol = 2e-6 })
+        moe.backward({ y, S }, { fixture[name .. ".go"], fixture[name .. ".gstate"] })
+        for key, x in pairs(arg) do
+          assert.close(fixture[name .. ".grad." .. key], x.grad, { rtol = 1e-4, atol = 1e-5, message = key })
+        end
+      end
+    end)
+  end
+
   it("gives the same bits on any number of threads", function()
     local before = moe.threads()
     for _, row in ipairs { FAMILY[3], FAMILY[7], FAMILY[9] } do

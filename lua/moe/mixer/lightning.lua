@@ -13,7 +13,7 @@ local Lightning = nn.module("lightning", base.Recurrent)
 
 local ROWS <const> = {
   num_heads = { "integer", 8 }, head_dim = { "integer" }, layer = { "integer", 1 }, num_layers = { "integer", 1 },
-  chunk_size = { "integer", 64 }, norm_eps = { "number", 1e-5 },
+  chunk_size = { "integer", 64 }, norm_eps = { "number", 1e-6 },
 }
 
 function Lightning:init(given)

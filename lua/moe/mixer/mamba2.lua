@@ -8,7 +8,7 @@ local base = require "moe.mixer.recurrent"
 -- dt_bias) each head h keeps S = exp(-exp(A_log_h) d) S + d B x^T and gives y = S^T C + D_h x; out_proj (RMSNorm(y silu(z))).
 -- x [batch, time, d_model] -> the same; inner width expand * d_model in heads of headdim; B and C [d_state] for each of ngroups
 -- groups of heads. The state: conv [batch, d_conv - 1, inner + 2 ngroups d_state], recurrent [batch, heads, d_state, headdim].
--- norm_before_gate: RMSNorm(y) silu(z); rmsnorm = false: y silu(z). Names and first values as in mamba_ssm.
+-- RMSNorm is over the channels of a group. norm_before_gate: RMSNorm(y) silu(z); rmsnorm = false: y silu(z). Names and first values as in mamba_ssm.
 -- Source: Dao and Gu, "Transformers are SSMs", 2024, arXiv 2405.21060.
 local Mamba2 = nn.module("mamba2", base.Recurrent)
 
@@ -53,11 +53,18 @@ function Mamba2:mix(u, state, cu)
   if not self.norm then
     y = y * z:silu()
   elseif o.norm_before_gate then
-    y = self.norm(y) * z:silu()
+    y = self:normed(y) * z:silu()
   else
-    y = self.norm(y * z:silu())
+    y = self:normed(y * z:silu())
   end
   return self.out_proj(y), after
+end
+
+-- The norm is of each group by itself.
+function Mamba2:normed(y)
+  local o = self._options
+  if o.ngroups == 1 then return self.norm(y) end
+  return base.join(core.rms_norm(base.heads(y, o.ngroups), nil, o.norm_eps)) * self.norm.weight
 end
 
 return Mamba2

@@ -11,7 +11,7 @@ local base = require "moe.mixer.recurrent"
 -- the state forgets what kk holds, by the share a, and takes the new value. y = o_proj (g (GroupNorm_head(S^T r) + (r . r_k k) v)).
 -- layer > 1: v moves toward the first layer's by sigmoid(v_lora x_v), v = v + (v_first - v) share; the first layer leaves
 -- ctx.v_first for them, so that all layers must get the same ctx.
--- x [batch, time, d_model] -> the same, heads of head_dim. The state: shift [batch, d_model], recurrent [batch, heads, dk, dk].
+-- x [batch, time, d_model] -> the same, heads of head_dim. First values as in the paper's code: o_proj is 0. The state: shift [batch, d_model], recurrent [batch, heads, dk, dk].
 -- Source: Peng et al., "RWKV-7 Goose with Expressive Dynamic State Evolution", 2025, arXiv 2503.14456, section 4.
 local RWKV7 = nn.module("rwkv7", base.Recurrent)
 
@@ -40,40 +40,44 @@ function Lora:forward(x)
   return self.lora[2](self._act and y[self._act](y) or y)
 end
 
--- Default ranks: multiples of 32 near the powers of the width that the paper's models use.
-local function rank(d, factor, power) return math.max(32, math.floor(factor * d ^ power / 32 + 0.5) * 32) end
+-- Default ranks: multiples of 32 that grow with the root of the width.
+local function rank(d, factor) return math.max(32, math.floor(factor * d ^ 0.5 / 32 + 0.5) * 32) end
 
 function RWKV7:init(given)
   local o = self:options("rwkv7", given, ROWS)
   local d = o.d_model
   if o.num_heads then o.head_dim = self:divided(d, o.num_heads, "num_heads = " .. o.num_heads .. " (d_model in heads)") end
   local h, n = self:divided(d, o.head_dim, "head_dim = " .. o.head_dim .. " (d_model in heads)"), o.head_dim
-  if o.layer > o.num_layers and o.num_layers > 1 then error(("rwkv7: layer %d of num_layers = %d"):format(o.layer, o.num_layers), 3) end
+  if o.layer > o.num_layers then error(("rwkv7: layer %d of num_layers = %d"):format(o.layer, o.num_layers), 3) end
   self._heads, self._dim = h, n
   -- first values as a function of the depth and of the channel's place
   local depth = o.num_layers > 1 and (o.layer - 1) / (o.num_layers - 1) or 0
   local rest = 1 - (o.layer - 1) / o.num_layers
-  local place = core.arange(0, d - 1):to "f64" / d
-  local within = core.arange(0, d - 1):to "f64":remainder(n) / math.max(n - 1, 1)
+  local channel = core.arange(0, d - 1):to "f64"
+  local place, linear = channel / d, channel / math.max(d - 1, 1) - 0.5
+  local zigzag = (channel:remainder(n) / math.max(n - 1, 1) - 0.5) * 2 -- -1 .. 1 within a head
+  zigzag = zigzag * zigzag:abs()
   local mu = { r = 0.2, w = 0.9, k = 0.7, v = 0.7, a = 0.9, g = 0.2 }
   for _, name in ipairs { "r", "w", "k", "v", "a", "g" } do
-    self["x_" .. name] = base.plain(o, { d }, function(t) t:copy_(1 - place:pow(mu[name] * rest)) end)
+    self["x_" .. name] = base.plain(o, { 1, 1, d }, function(t) t:copy_(1 - place:pow(mu[name] * rest)) end)
   end
-  self.k_k = base.plain(o, { d }, 0.85)
-  self.k_a = base.plain(o, { d }, 1)
-  self.r_k = base.plain(o, { h, n }, 0)
+  self.k_k = base.plain(o, { d }, function(t) t:copy_(0.71 - linear * 0.1) end)
+  self.k_a = base.plain(o, { d }, 1.02)
+  self.r_k = base.plain(o, { h, n }, -0.04)
   self.r_proj = base.linear(o, d, d)
   self.k_proj = base.linear(o, d, d)
   self.v_proj = base.linear(o, d, d)
   self.o_proj = base.linear(o, d, d)
-  local zigzag = (within - 0.5) * 2
-  zigzag = zigzag * zigzag:abs()
-  local speed = (core.arange(0, d - 1):to "f64" / math.max(d - 1, 1)):pow(1 + depth ^ 0.3) * 6 - 6 + 0.5 + zigzag * 2.5
-  self.w_lora = Lora(o, o.decay_low_rank_dim or rank(d, 1.8, 0.5), "tanh", speed)
-  self.a_lora = Lora(o, o.a_low_rank_dim or rank(d, 1.8, 0.5), nil, zigzag * 0.3 + (place - 0.5) * 0.4 - 0.19)
-  if o.layer > 1 then self.v_lora = Lora(o, o.v_low_rank_dim or rank(d, 1.3, 0.5), nil, 0.73 - (place - 0.5) * 0.4) end
-  self.g_lora = Lora(o, o.gate_low_rank_dim or rank(d, 0.6, 0.8), "sigmoid")
-  self.g_norm = { weight = base.plain(o, { d }, 1), bias = base.plain(o, { d }, 0) }
+  nn.init.orthogonal_(self.r_proj.weight:detach())
+  nn.init.orthogonal_(self.k_proj.weight:detach(), 0.1)
+  nn.init.orthogonal_(self.v_proj.weight:detach())
+  self.o_proj.weight:detach():zero_()
+  local speed, wide = (linear + 0.5):pow(1 + depth ^ 0.3) * 6 - 5.5 + zigzag * 2.5, n / 64
+  self.w_lora = Lora(o, o.decay_low_rank_dim or rank(d, 2.5 * wide), "tanh", speed)
+  self.a_lora = Lora(o, o.a_low_rank_dim or rank(d, 2.5 * wide), nil, zigzag * 0.3 + linear * 0.4 - 0.19)
+  if o.layer > 1 then self.v_lora = Lora(o, o.v_low_rank_dim or rank(d, 1.7 * wide), nil, 0.73 - linear * 0.4) end
+  self.g_lora = Lora(o, o.gate_low_rank_dim or rank(d, 5), "sigmoid")
+  self.g_norm = { weight = base.plain(o, { d }, (o.layer / o.num_layers) ^ 0.7), bias = base.plain(o, { d }, 0) }
 end
 
 function RWKV7:sizes() return { shift = { self.d_model }, recurrent = { self._heads, self._dim, self._dim } } end
