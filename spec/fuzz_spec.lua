@@ -11,6 +11,7 @@ local CALLS = tonumber(os.getenv "MOE_FUZZ_CALLS") or 100000
 -- Not called: what reads a terminal, writes files, runs for long, or changes the process for the specs that follow.
 local SKIP = {
   ["moe.help"] = "prints", ["moe.threads"] = "starts threads", ["moe.gradcheck"] = "runs for long",
+  ["moe.no_grad"] = "calls what it is given", ["moe.enable_grad"] = "calls what it is given",
   ["moe.inspect.trace"] = "writes files",
   ["moe.io.save"] = "writes files", ["moe.io.write"] = "writes files", ["moe.io.make_dir"] = "writes files",
   ["moe.io.remove"] = "removes files", ["*:save"] = "writes files", ["*:fit"] = "runs for long", ["*:resume"] = "runs for long",

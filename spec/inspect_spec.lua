@@ -101,9 +101,9 @@ describe("moe.inspect", function()
     assert.equal(2, #routings)
     assert.equal(16, routings[1].num_tokens)
     assert.is_true(model.training and layer.training)
-    assert.matches("no numbers", helper.error_of(function()
-      inspect.routings(setmetatable({ eval = function() end }, { __call = function() error "no numbers" end }), ids)
-    end))
+    assert.error(function() inspect.routings(model, moe.full({ 1, 3 }, 99, { dtype = "i64" })) end) -- the model's own message
+    assert.is_true(model.training)
+    assert.matches("argument 1 must be a model, got a table", helper.error_of(function() inspect.routings({}, ids) end))
   end)
 
   it("traces a training to a file, and replays the choices to the bit", function()

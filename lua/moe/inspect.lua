@@ -21,9 +21,20 @@ local function want_routing(name, i, r)
   return r
 end
 
+local function want_model(name, model)
+  if not moe.nn.is_module(model) then
+    error(("inspect.%s: argument 1 must be a model, got a %s"):format(name, core.is_tensor(model) and "tensor" or type(model)), 3)
+  end
+end
+
+local function want_table(name, what, t)
+  if type(t) ~= "table" then error(("inspect.%s: argument 1 must be %s, got a %s"):format(name, what, type(t)), 3) end
+end
+
 --- The routings of a forward of model(x, ctx), one a sparse layer: without gradients and in eval mode, so that nothing counts
 -- or moves. ctx: the table that the model is called with (default a fresh one).
 function M.routings(model, x, ctx)
+  want_model("routings", model)
   ctx = ctx or {}
   local training = model.training
   if training then model:eval() end
@@ -58,6 +69,10 @@ end
 --- How much the group tells of the expert: mutual information of counts [groups, experts] over the entropy of the
 -- groups. 0: experts do not care for groups, 1: an expert serves one group alone.
 function M.information(counts)
+  if not core.is_tensor(counts) or #counts.shape ~= 2 then
+    error("inspect.information: argument 1 must be a tensor of counts [groups, experts], got "
+      .. (core.is_tensor(counts) and "[" .. table.concat(counts.shape, ", ") .. "]" or "a " .. type(counts)), 2)
+  end
   local rows = counts:to "f64"
   local total = rows:sum():item()
   if total == 0 then return 0.0 end
@@ -220,6 +235,7 @@ end
 
 --- The records of a trace, a list of { step, layer, tokens, experts, index, weight }; nil, message for what is none.
 function M.read_trace(path)
+  if type(path) ~= "string" then error("inspect.read_trace: argument 1 must be the path of a file, got a " .. type(path), 2) end
   local file, message = io.open(path)
   if not file then return nil, message end
   local records = {}
@@ -241,6 +257,7 @@ end
 
 --- The routing of a record, with its weights as constants.
 function M.recorded(record)
+  want_table("recorded", "a record of a trace", record)
   local index = core.tensor(record.index, { dtype = "i64" })
   return routing_of.topk(index, record.weight and core.tensor(record.weight), record.experts)
 end
@@ -248,8 +265,12 @@ end
 --- A function (x, ctx) -> index [T, k] for a layer's `force`: the recorded choice of ctx.step and ctx.layer_number; records without a
 -- step serve every step. An error where there is no record of that size.
 function M.replay(records)
+  want_table("replay", "a list of records", records)
   local by = {}
-  for _, r in ipairs(records) do by[("%d %d"):format(r.step or 0, r.layer or 0)] = r end
+  for i, r in ipairs(records) do
+    if type(r) ~= "table" then error(("inspect.replay: entry %d is no record, it is a %s"):format(i, type(r)), 2) end
+    by[("%d %d"):format(r.step or 0, r.layer or 0)] = r
+  end
   return function(x, ctx)
     local step, layer = ctx.step or 0, ctx.layer_number or 0
     local r = by[("%d %d"):format(step, layer)] or by[("0 %d"):format(layer)] or by[("%d 0"):format(step)] or by["0 0"]
@@ -264,6 +285,7 @@ end
 --- Sets `force` of every sparse layer of a model: "uniform", a recorded index, a function (x, ctx) -> index, or nil to let the routers
 -- decide again. Gives how many layers there are.
 function M.force(model, force)
+  want_model("force", model)
   local count = 0
   for _, m in model:named_modules() do
     if type(m) == "table" and m.decide and m.num_experts then

@@ -258,13 +258,17 @@ local function shares(name, i, v)
     error(("plot.%s: entry %d must be a routing, a layer, its stats() or a list of loads, got a %s"):format(name, i, type(v)), 3)
   end
   local sum, out = 0, {}
-  for _, n in ipairs(load) do sum = sum + n end
+  for e, n in ipairs(load) do
+    if type(n) ~= "number" then error(("plot.%s: entry %d: load %d is no number"):format(name, i, e), 3) end
+    sum = sum + n
+  end
   for e, n in ipairs(load) do out[e] = sum > 0 and n / sum or 0.0 end
   return out
 end
 
 --- The share of every expert (down) over time (across): a list of routings, of layer:stats() or of loads.
 function M.load_over_time(list, given)
+  if type(list) ~= "table" then error("plot.load_over_time: argument 1 must be a list, got a " .. type(list), 2) end
   local columns = {}
   for t, v in ipairs(list) do columns[t] = shares("load_over_time", t, v) end
   if #columns == 0 then error("plot.load_over_time: argument 1 is an empty list", 2) end
@@ -286,6 +290,9 @@ function M.load_by_layer(model, given)
       end
     end
     if #rows == 0 then error("plot.load_by_layer: the model has no sparse layer", 2) end
+  elseif type(model) ~= "table" or model[1] == nil then
+    error("plot.load_by_layer: argument 1 must be a model or a list, got "
+      .. (type(model) == "table" and "an empty list" or "a " .. type(model)), 2)
   else
     for i, v in ipairs(model) do rows[i] = shares("load_by_layer", i, v) end
   end
@@ -300,6 +307,9 @@ end
 --- How often two experts work on the same token, as the share of the rarer one's tokens: a routing, or counts [E, E].
 function M.coactivation(routing, given)
   local counts = matrix("coactivation", routing_of.is_routing(routing) and routing:coactivation() or routing)
+  if #counts ~= #counts[1] then
+    error(("plot.coactivation: argument 1 must be square counts, got [%d, %d]"):format(#counts, #counts[1]), 2)
+  end
   local rows = {}
   for i, row in ipairs(counts) do
     rows[i] = {}

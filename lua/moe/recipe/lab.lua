@@ -122,14 +122,25 @@ local function default_loss(model, batch, ctx)
   return ctx.training and model.aux and ce + model:aux() or ce
 end
 
---- Parameters that work for a token: those of a bank times the share of its experts that a token has had so far.
+-- Parameters of a bank that belong to single experts: those with a row an expert, or those of modules in its list.
+local function of_experts(bank, num_experts)
+  local count = 0
+  for name, p in bank:named_parameters() do
+    if name:match "^experts%.%d" or p.shape[1] == num_experts and not name:match "^base%." then count = count + p:numel() end
+  end
+  return count
+end
+
+--- Parameters that work for a token: those of single experts times the share of them that a token has had so far; what a bank
+-- shares counts whole.
 function M.active_parameters(model)
+  if not moe.nn.is_module(model) then error("recipe.active_parameters: argument 1 must be a model, got a " .. type(model), 2) end
   local total = model:num_parameters()
   for _, m in model:named_modules() do
     if type(m.stats) == "function" and m.experts and m.num_experts and type(m.experts) == "table" and m.experts.num_parameters then
       local s = m:stats()
       local share = s.tokens > 0 and math.min(1, s.assignments / math.max(1, s.tokens - s.masked) / m.num_experts) or 1
-      total = total - m.experts:num_parameters() * (1 - share)
+      total = total - of_experts(m.experts, m.num_experts) * (1 - share)
     end
   end
   return math.floor(total + 0.5)
@@ -189,13 +200,15 @@ end
 -- options as in train, `report(name, seed, run)` after each run. A list of { name, val_loss, spread, parameters,
 -- active_parameters, tokens_per_second, runs }, in the order given; a recipe without a language model is an error.
 function M.compare(recipes, given)
+  if type(recipes) ~= "table" then error("recipe.compare: argument 1 must be a list of recipes, got a " .. type(recipes), 2) end
+  if given ~= nil and type(given) ~= "table" then error("recipe.compare: takes a table of options, got a " .. type(given), 2) end
   local o = {}
   for k, v in pairs(given or {}) do o[k] = v end
   local seeds, report = o.seeds or { 1, 2, 3 }, o.report
   o.seeds, o.report = nil, nil
   local rows = {}
   for i, recipe in ipairs(recipes) do
-    local name = type(recipe) == "string" and recipe or recipe.title
+    local name = type(recipe) == "string" and recipe or M.find(recipe).title or "own"
     local runs, values = {}, {}
     for j, seed in ipairs(seeds) do
       o.seed = seed
