@@ -89,10 +89,9 @@ function Neighbour:route(x, ctx)
   ctx = ctx or {}
   local E, k, norm = self.num_experts, self.top_k, self._options.norm_topk_prob
   local batch, time = self:sequences(x, ctx)
-  x = self:input(x)
   local logits = self:logits(x, ctx)
   local own = logits:softmax(-1):reshape { batch, time, E }
-  local similarity = self:neighbours(x, ctx, batch, time)
+  local similarity = self:neighbours(x:to(own.dtype), ctx, batch, time)
   local gates = similarity:to(own.dtype):matmul(own):reshape { batch * time, E }
   if ctx.mask then gates = gates:masked_fill(ctx.mask:reshape { batch * time, 1 }:logical_not(), 0) end
   if norm == nil then norm = k > 1 end

@@ -38,12 +38,14 @@ function Soft:init(given)
 end
 
 -- The logits of all slots [T, S]. Rows of length 1: rms_norm divides by the root of the mean, d^(1/2) of it is left over on
--- either side. The scale goes to the tokens, which are fewer than the slots.
+-- either side. The scale goes to whichever side is the smaller.
 function Soft:slot_logits(x)
   x = self:input(x)
   local w, d = self.weight, self.d_model
   if self.scale then
-    x, w = x:rms_norm(nil, 1e-6 / d) * (self.scale / d), w:rms_norm(nil, 1e-6 / d)
+    local scale = self.scale / d
+    x, w = x:rms_norm(nil, 1e-6 / d), w:rms_norm(nil, 1e-6 / d)
+    if x:size(1) < w:size(1) then x = x * scale else w = w * scale end
   end
   return x:linear(w)
 end
@@ -63,7 +65,9 @@ function Soft:route(x, ctx)
   if not ctx.shape or #ctx.shape < 2 then table.remove(shape, 1) end
   local combine = mix(3):reshape(shape)
   local routing = routings.soft(mix(2):reshape(shape), combine)
-  routing.probs = combine:sum(-1):reshape { batch * time, E }
+  -- the sum over an expert's slots, as a product: rows of a few numbers are many
+  local ones = core.ones({ slots }, { dtype = combine.dtype, device = combine.device })
+  routing.probs = combine:reshape { batch * time * E, slots }:matmul(ones):reshape { batch * time, E }
   routing.mask = ctx.mask
   return routing
 end
