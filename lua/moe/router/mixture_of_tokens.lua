@@ -24,7 +24,7 @@ function MixtureOfTokens:init(given)
   local bound = self:setup(given, ROWS)
   local o = self._options
   if o.group_size and o.group_size < 1 then self:fail("option 'group_size' must be at least 1, got %d", o.group_size) end
-  if type(o.temperature) == "number" and not (o.temperature > 0) then
+  if type(o.temperature) == "number" and (o.temperature <= 0 or o.temperature ~= o.temperature) then
     self:fail("option 'temperature' must be positive, got %g", o.temperature)
   end
   if not bound then return end

@@ -30,7 +30,7 @@ function Neighbour:init(given)
   local o = self._options
   if o.top_k < 1 then self:fail("option 'top_k' must be at least 1, got %d", o.top_k) end
   if o.num_experts and o.top_k > o.num_experts then self:fail("top_k is %d, but there are %d experts", o.top_k, o.num_experts) end
-  if type(o.temperature) == "number" and not (o.temperature > 0) then
+  if type(o.temperature) == "number" and (o.temperature <= 0 or o.temperature ~= o.temperature) then
     self:fail("option 'temperature' must be positive, got %g", o.temperature)
   end
   if o.top_k == 1 and o.norm_topk_prob then
