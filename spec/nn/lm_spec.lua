@@ -320,7 +320,7 @@ describe("generate", function()
     assert.has_error(function() m:generate {} end)
     assert.has_error(function() m:generate "abc" end)
     assert.has_error(function() m:generate { 1, "x" } end)
-    assert.has_error(function() m:generate(moe.ones(2, 2, { dtype = "i64" })) end)
+    assert.has_error(function() m:generate(moe.ones(2, 2, 2, { dtype = "i64" })) end)
     for _, bad in ipairs { { temperature = -1 }, { top_k = 0 }, { top_p = 0 }, { top_p = 1.1 }, { max_new_tokens = -1 }, { sed = 1 },
       { temperature = 0 / 0 } } do
       assert.has_error(function() m:generate({ 1 }, bad) end)
