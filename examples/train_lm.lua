@@ -1,14 +1,16 @@
--- Trains a language model on text, dense or with mixture-of-experts layers:
+-- Trains a language model on text, of any sequence mixers, dense or with mixture-of-experts layers:
 --   lua5.4 examples/train_lm.lua --help
+--   lua5.4 examples/train_lm.lua --arch mamba,mamba,attention --ffn dense,moe --layers 6
 local moe = require "moe"
 
 local OPTIONS <const> = {
   { "data", "", "a file, or a directory of text files; the project's own source text when not given" },
   { "level", "bytes", "bytes or chars" },
-  { "arch", "moe", "dense or moe" },
+  { "arch", "moe", "moe or dense: attention with such an ffn; or mixers of moe.mixer, a pattern over the layers: mamba,attention" },
+  { "ffn", "", "dense, moe or none, or a pattern of them; dense when not given" },
   { "layers", 4, "number of layers" },
   { "d_model", 128, "width" },
-  { "heads", 4, "attention heads" },
+  { "heads", 4, "heads of attention and of the mixers that have them" },
   { "hidden", 256, "hidden width of the feed-forward networks (of each expert)" },
   { "experts", 8, "number of experts" },
   { "top_k", 2, "experts a token" },
@@ -74,7 +76,10 @@ local function read_options(args)
     end
     i = i + 1
   end
-  if o.arch ~= "dense" and o.arch ~= "moe" then die(("--arch must be dense or moe, got '%s'"):format(o.arch)) end
+  if o.arch == "dense" or o.arch == "moe" then
+    if o.ffn ~= "" then die(("--arch %s names the ffn already: give the mixers, as in --arch attention --ffn %s"):format(o.arch, o.ffn)) end
+    o.arch, o.ffn = "attention", o.arch
+  end
   if o.resume and o.save == "" then die "--resume needs --save" end
   return o
 end
@@ -108,14 +113,26 @@ local function open_text(o)
   return text
 end
 
+-- "a,b" as a list, no longer than the layers.
+local function pattern(text, layers)
+  local list = {}
+  for name in text:gmatch "[^,%s]+" do
+    if #list < layers then list[#list + 1] = name end
+  end
+  return list
+end
+
 local function model_options(o, vocab_size)
   local options = {
     vocab_size = vocab_size, d_model = o.d_model, num_layers = o.layers, num_heads = o.heads, max_seq_len = o.block,
+    layer_types = pattern(o.arch, o.layers), ffn = pattern(o.ffn == "" and "dense" or o.ffn, o.layers),
     positional = "rope", norm = "rmsnorm", activation = "swiglu", intermediate_size = o.hidden, dropout = o.dropout,
   }
-  if o.arch == "moe" then
-    options.ffn = "moe"
-    options.moe = { num_experts = o.experts, top_k = o.top_k }
+  for _, kind in ipairs(options.layer_types) do
+    if kind == "mamba2" then options.mixers = { mamba2 = { headdim = math.max(1, 2 * o.d_model // o.heads) } } end
+  end
+  for _, kind in ipairs(options.ffn) do
+    if kind == "moe" then options.moe = { num_experts = o.experts, top_k = o.top_k } end
   end
   return options
 end
@@ -224,7 +241,8 @@ local function main(args)
   moe.manual_seed(o.seed)
   local text = open_text(o)
   local options = model_options(o, text.vocab_size)
-  local model = make_model(options)
+  local made, model = pcall(make_model, options)
+  if not made then die(model) end
   print(text)
   print(model)
 
@@ -267,7 +285,7 @@ local function main(args)
   local loss = trainer:evaluate(held_out, { steps = 100 }).loss
   print(("trained for %.0f s; held-out loss %.4f nats a token (%.3f bits)"):format(moe.clock() - began, loss, loss / math.log(2)))
 
-  if o.arch == "moe" then print_experts(expert_counts(model, held_out, text, 20), o.experts) end
+  if options.moe then print_experts(expert_counts(model, held_out, text, 20), o.experts) end
   if o.save ~= "" then
     local path = o.save .. "/model.safetensors"
     assert(moe.io.make_dir(o.save))

@@ -37,6 +37,30 @@ describe("examples", function()
     assert.matches("stepz", text)
   end)
 
+  it("train_lm.lua takes mixers and patterns of them; sample.lua stops at a text", function()
+    local dir = os.tmpname()
+    os.remove(dir)
+    finally(function() os.execute("rm -rf '" .. dir .. "'") end)
+    local small = "--d-model 16 --heads 2 --hidden 16 --experts 2 --block 16 --batch 2 --steps 20 --sample 30 --data README.md"
+    local text, ok = lua(("examples/train_lm.lua %s --layers 5 --arch mamba,mamba2,attention,rwkv7 --ffn none,moe --save '%s'"):format(
+      small, dir))
+    assert.truthy(ok, text)
+    assert.matches("held%-out loss %d", text)
+    assert.matches("Which experts of layer %d took which kind of text", text)
+    local all
+    all, ok = lua(("examples/sample.lua --load '%s' --prompt 'the ' --tokens 40 --min-p 0.01 --repetition-penalty 1.1"):format(dir))
+    assert.truthy(ok, all)
+    assert.equal("the ", all:sub(1, 4))
+    local stop = all:match("%w", 15)
+    text, ok = lua(("examples/sample.lua --load '%s' --prompt 'the ' --tokens 40 --min-p 0.01 --repetition-penalty 1.1 --stop '%s'"):format(
+      dir, stop))
+    assert.truthy(ok, text)
+    assert.equal(all:sub(1, all:find(stop, 5, true) - 1) .. "\n", text)
+    text, ok = lua("examples/train_lm.lua --arch mamba,atention " .. small)
+    assert.falsy(ok)
+    assert.matches("did you mean 'attention'", text)
+  end)
+
   it("custom_router.lua trains through a router of under 20 lines", function()
     local text, ok = lua "examples/custom_router.lua"
     assert.truthy(ok, text)

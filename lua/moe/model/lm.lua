@@ -16,7 +16,7 @@ local low = require("moe.core")._module
 -- mixers = { mamba = { d_state = 16 } } are options of each kind, or function(layer) -> them; d_model, num_heads and the place of
 -- those that know it follow the model. ffn likewise: "dense", "moe", "none", a function(layer) -> ffn, or a module.
 -- positional: "learned", "rope" (of the attention) or "none"; when not given, "none" as soon as a layer holds a named mixer that
--- knows the order by itself (any but attention), else "learned". norm_placement ("post" needs no last norm) and residual: see
+-- knows the order by itself (any but kinds of attention), else "learned". norm_placement ("post" needs no last norm) and residual: see
 -- moe.model.block. Mixers other than attention keep the initial values of their own papers; init and residual_scale leave them.
 -- logits = model(ids [batch, time]); logits, state = model(ids, ctx, state) with state = model:state(batch), whatever the mixers:
 -- whole, in pieces and token by token give the same. Options: ROWS in lua/moe/model/lm.lua.
@@ -112,14 +112,6 @@ local function init_weights(self, o)
   end
 end
 
--- Whether a layer holds a named mixer that knows the order of what it sees by itself.
-local function ordered(o)
-  for _, kind in ipairs(o.layer_types) do
-    if type(kind) == "string" and kind ~= "attention" and kind ~= "none" then return true end
-  end
-  return false
-end
-
 local function check(o)
   if o.layer_types ~= nil and o.mixer ~= nil then error("lm: layer_types and mixer are one option: give one of them", 4) end
   if o.layer_types == nil then o.layer_types = o.mixer end
@@ -138,7 +130,7 @@ local function check(o)
   o.layer_types = parts.pattern("layer_types", o.layer_types, o.num_layers)
   o.ffn = parts.pattern("ffn", o.ffn, o.num_layers)
   parts.check_mixers(o)
-  if o.positional == nil then o.positional = ordered(o) and "none" or "learned" end
+  if o.positional == nil then o.positional = parts.ordered(o.layer_types) and "none" or "learned" end
   if o.positional == "learned" and not o.max_seq_len then
     error("lm: positional = \"learned\" needs max_seq_len", 4)
   end

@@ -13,7 +13,12 @@ local NO_MIXER <const> = { with_map = true, attention_weights = true } -- of moe
 -- Mixers that take num_heads from the model where their own options give neither num_heads nor head_dim.
 local HEADS <const> = {
   retention = true, gla = true, delta = true, gated_delta = true, kda = true, lightning = true, based = true, rwkv7 = true, mla = true,
+  stick_breaking = true, mixture_of_heads = true,
 }
+
+-- Mixers that see a set: without positions they do not know the order (attention: only as far as it is causal).
+local SETS <const> = { attention = true, mixture_of_heads = true, mixture_of_attention = true, modality_attention = true, identity = true,
+  none = true }
 
 -- Mixers that know their place: in the model, or among their own kind (the first rwkv7 leaves its values for the others).
 local PLACED <const> = { lightning = "model", rwkv7 = "kind" }
@@ -98,6 +103,7 @@ function M.mixer(o, i)
   elseif HEADS[kind] and out.num_heads == nil and out.head_dim == nil then
     out.num_heads = o.num_heads
   end
+  if kind:find "^mixture_of" and out.rope == nil then out.rope = o.positional == "rope" end
   if PLACED[kind] and out.layer == nil and out.num_layers == nil then
     local before, all = 0, 0
     for j, other in ipairs(o.layer_types) do
@@ -109,6 +115,14 @@ function M.mixer(o, i)
     out.layer, out.num_layers = before, all
   end
   return make(out)
+end
+
+--- Whether a layer holds a named mixer that knows the order of what it sees by itself.
+function M.ordered(layer_types)
+  for _, kind in ipairs(layer_types) do
+    if type(kind) == "string" and not SETS[kind] then return true end
+  end
+  return false
 end
 
 --- Options for a mixer that no layer holds are an error: a misspelt name must not pass.
