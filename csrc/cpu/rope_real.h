@@ -25,8 +25,8 @@ static void STATIC(table_range)(void *arg, int64_t begin, int64_t end, int worke
         }
       }
       for (int64_t i = 0; i < n; i++) {
-        row[i] = (REAL)c[i];
-        row_sin[i] = (REAL)s[i];
+        row[i] = (REAL)(j->grow * c[i]);
+        row_sin[i] = (REAL)(j->grow * s[i]);
       }
     }
   }

@@ -12,4 +12,7 @@ moe_tensor *moe_reshaped(moe_tensor *t, int ndim, const int64_t *shape);
 ** the heads): a model that split heads out of [b, t, h d] gets its results back without a copy. Else contiguous. */
 moe_tensor *moe_heads_like(const moe_tensor *like, const int64_t *shape, moe_dtype dt);
 
+/* Fails unless `scaling` (NULL: none) is one that rope knows. */
+moe_status moe_rope_check(const char *who, const char *scaling);
+
 #endif
