@@ -69,6 +69,20 @@ describe("moe.router.neighbour", function()
     end
   end)
 
+  it("with a rank has the gates of the product of both factors", function()
+    local whole, low = router { top_k = 2 }, router { top_k = 2, rank = 2 }
+    assert.same({ D, 2 }, low.similarity_query.shape)
+    moe.no_grad(function()
+      low.similarity_query:copy_(rand(D, 2))
+      low.similarity_key:copy_(rand(D, 2))
+      low.weight:copy_(whole.weight)
+      whole.similarity:copy_(low.similarity_query:matmul(low.similarity_key:t()))
+    end)
+    local x = rand(6, D)
+    assert.close(whole:route(x, {}).probs, low:route(x, {}).probs, EXACT)
+    assert.matches("'rank' must be at least 1 and at most d_model, got 9", helper.error_of(function() router { rank = 9 } end))
+  end)
+
   it("with each token its only neighbour is plain token choice, to the bit", function()
     for _, k in ipairs { 1, 2 } do
       moe.manual_seed(2)

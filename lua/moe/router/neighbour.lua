@@ -9,7 +9,9 @@ local routings = require "moe.routing"
 -- weighed by G (`norm_topk_prob`, default for k > 1: to sum to 1). U [T, d_model] the tokens of a sequence, W `weight`
 -- [E, d_model], S [T, T] with rows that sum to 1:
 -- source = "similarity": S = softmax(U Ws U^T / tau), Ws `similarity` [d_model, d_model] (starting as the identity), tau
--- `temperature` (default sqrt(d_model)); source = "attention": S is ctx.attention_map, [B, T, T] or [B, heads, T, T], of which
+-- `temperature` (default sqrt(d_model)); with `rank`, Ws is similarity_query times the transpose of similarity_key, both
+-- [d_model, rank] (starting as the first columns of the identity), at 2 rank / d_model of the cost.
+-- source = "attention": S is ctx.attention_map, [B, T, T] or [B, heads, T, T], of which
 -- the mean over the heads is taken (moe.mixer.with_map puts it there). S = 1 is plain token choice.
 -- Options: top_k, source, causal (default true: a token has no neighbours to its right), temperature, norm_topk_prob, bias,
 -- init, noise, jitter as in topk. Masked tokens are nobody's neighbours. Sequences come from ctx.shape; without one all tokens are
@@ -20,7 +22,7 @@ local Neighbour = nn.module("neighbour", base.Router)
 
 local ROWS <const> = base.rows({
   top_k = { "integer", 2 }, source = { { "similarity", "attention" }, "similarity" }, causal = { "boolean", true },
-  temperature = { "number|function" }, norm_topk_prob = { "boolean" },
+  temperature = { "number|function" }, norm_topk_prob = { "boolean" }, rank = { "integer" },
 }, true)
 
 local NEVER <const> = -1e30 -- finite: a row without a neighbour stays free of NaN
@@ -36,12 +38,20 @@ function Neighbour:init(given)
   if o.top_k == 1 and o.norm_topk_prob then
     self:fail "norm_topk_prob with top_k = 1 makes every weight 1 and cuts the router off from its gradient"
   end
+  if o.rank and (o.rank < 1 or o.d_model and o.rank > o.d_model) then
+    self:fail("option 'rank' must be at least 1 and at most d_model, got %d", o.rank)
+  end
   if not bound then return end
   self.top_k = o.top_k
   if type(o.temperature) ~= "function" then self.temperature = o.temperature or math.sqrt(self.d_model) end
   self:projection ""
-  if o.source == "similarity" then
-    self.similarity = nn.parameter(core.eye(self.d_model, { dtype = o.dtype or "f32", device = o.device }))
+  if o.source ~= "similarity" then return end
+  local function identity() return core.eye(self.d_model, { dtype = o.dtype or "f32", device = o.device }) end
+  if o.rank then
+    self.similarity_query = nn.parameter(identity():narrow(2, 1, o.rank):contiguous())
+    self.similarity_key = nn.parameter(identity():narrow(2, 1, o.rank):contiguous())
+  else
+    self.similarity = nn.parameter(identity())
   end
 end
 
@@ -79,7 +89,9 @@ function Neighbour:neighbours(x, ctx, batch, time)
     return map / sum:masked_fill(sum:eq(0), 1)
   end
   local u = x:reshape { batch, time, self.d_model }
-  local s = u:matmul(self.similarity):matmul(u:transpose(2, 3)) / self:scheduled("temperature", ctx)
+  local query = u:matmul(self.similarity or self.similarity_query)
+  local key = self.similarity and u or u:matmul(self.similarity_key)
+  local s = query:matmul(key:transpose(2, 3)) / self:scheduled("temperature", ctx)
   if keep then s = s:masked_fill(keep:logical_not(), NEVER) end
   return s:softmax(-1)
 end
