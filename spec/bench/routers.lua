@@ -51,7 +51,7 @@ local ROUTERS <const> = {
   { "soft", { slots = K } },
   { "mixture_of_tokens", {} },
   { "random", { top_k = K } },
-  { "neighbour", { top_k = K } },
+  { "neighbour", { top_k = K, rank = 128 } },
   { "sequence", { top_k = K } },
   { "hash", { top_k = K, vocab_size = 1000 } },
   { "balanced", { top_k = K } },

@@ -2,8 +2,8 @@
 --
 -- (batch, length, channels, states) = (4, 512, 512, 16), f32: forward, and forward + backward, beside the machine's limit. Per state and
 -- position the forward takes one exponential and 3 multiply-adds, the backward the exponential again and 11 more operations; both
--- are bound by arithmetic: 32 bytes a channel and position pass through memory against 16 x 20 operations. The exponential's rate is that of
--- `exp` over a cached tensor, measured here. Then the cost against the length.
+-- are bound by arithmetic: 32 bytes a channel and position pass through memory against 16 x 20 operations. The exponential's rate
+-- is that of `exp` over a cached tensor, measured here. Then the cost against the length.
 local moe = require "moe"
 
 local function timed(f)
@@ -36,7 +36,9 @@ local forward, both, exp = math.huge, math.huge, math.huge
 for _ = 1, repeats do
   forward = math.min(forward, timed(function() moe.no_grad(function() scan(a) end) end))
   both = math.min(both, timed(function() step(a, g) end))
-  exp = math.min(exp, timed(function() for _ = 1, 16 do small:exp() end end) / 16 / (1 << 17))
+  exp = math.min(exp, timed(function()
+    for _ = 1, 16 do small:exp() end
+  end) / 16 / (1 << 17))
 end
 local count = B * L * D * N
 print(("threads %d, %s"):format(moe.threads(), moe.build.simd))
@@ -54,6 +56,7 @@ for _, length in ipairs { 512, 2048, 8192, 32768, 131072 } do
   local before, best = moe.memory().live, math.huge
   for _ = 1, length > 10000 and 2 or 5 do best = math.min(best, timed(function() step(x, grad) end)) end
   first = first or best / length
-  print(("%7d positions: %8.1f ms, %5.2f times the cost of a position at 512; peak %7.1f MB beyond the inputs, %.0f bytes a position"):format(
-    length, best * 1e3, best / length / first, (moe.memory().peak - before) / 1e6, (moe.memory().peak - before) / length))
+  local peak = moe.memory().peak - before
+  print(("%7d positions: %8.1f ms, %5.2f times the cost of a position at 512; peak %7.1f MB beyond the inputs, %.0f bytes each"):format(
+    length, best * 1e3, best / length / first, peak / 1e6, peak / length))
 end

@@ -77,7 +77,8 @@ describe("moe.layer with a fault", function()
   it("takes weights as they are, whatever their sum", function()
     moe.manual_seed(5)
     local weight = moe.tensor { { 3, -1 }, { 0.5, 0 } }
-    local layer = layer_of(function() return moe.routing.topk(index_of { { 1, 2 }, { 4, 3 } }, weight, E, { probs = moe.ones(2, E) / E }) end)
+    local probs = moe.ones(2, E) / E
+    local layer = layer_of(function() return moe.routing.topk(index_of { { 1, 2 }, { 4, 3 } }, weight, E, { probs = probs }) end)
     local x = moe.randn(2, d)
     local y = layer(x)
     local function expert(e, row)
