@@ -11,6 +11,6 @@ return require "moe.lazy"(M, {
   mixture_of_heads = "moe.sparse.heads:mixture_of_heads", mixture_of_attention = "moe.sparse.heads:mixture_of_attention",
   mamba2 = "moe.mixer.mamba2", retention = "moe.mixer.retention", gla = "moe.mixer.gla", lightning = "moe.mixer.lightning",
   based = "moe.mixer.based", rwkv7 = "moe.mixer.rwkv7",
-  delta = "moe.mixer.delta:delta", gated_delta = "moe.mixer.delta:gated_delta", kda = "moe.mixer.delta:kda",
+  delta = "moe.mixer.delta", gated_delta = "moe.mixer.gated_delta", kda = "moe.mixer.kda",
   stick_breaking = "moe.sparse.heads:stick_breaking", modality_attention = "moe.sparse.modality:modality_attention",
 })

@@ -13,7 +13,7 @@ local MIXERS <const> = {
   { "gla", { num_heads = 2, chunk_size = 4 } },
   { "delta", { num_heads = 2, chunk_size = 4 } },
   { "gated_delta", { num_heads = 2, chunk_size = 5, allow_neg_eigval = true } },
-  { "gated_delta", { num_heads = 3, head_dim = 4, expand_v = 1, use_gate = false } },
+  { "gated_delta", { num_heads = 1, num_v_heads = 3, head_dim = 4, expand_v = 1, use_gate = false } },
   { "kda", { num_heads = 2, chunk_size = 4 } },
   { "lightning", { num_heads = 2, layer = 2, num_layers = 3 } },
   { "based", { num_heads = 2, feature_dim = 3 } },
@@ -161,7 +161,7 @@ describe("recurrent mixers", function()
   -- weights, results and gradients of Transformers' modules (spec/fixture/make_mixers.py)
   for name, options in pairs {
     mamba2 = { d_model = 12, headdim = 6, d_state = 5, ngroups = 2, chunk_size = 4 },
-    gated_delta = { d_model = 12, num_heads = 2, head_dim = 4, expand_v = 1.5, chunk_size = 4 },
+    gated_delta = { d_model = 12, num_heads = 2, num_v_heads = 4, head_dim = 4, expand_v = 1.5, chunk_size = 4 },
     kda = { d_model = 12, num_heads = 2, head_dim = 4, chunk_size = 4 },
     lightning = { d_model = 12, num_heads = 2, head_dim = 4, layer = 2, num_layers = 3, chunk_size = 4 },
   } do

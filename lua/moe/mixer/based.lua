@@ -12,7 +12,7 @@ local base = require "moe.mixer.recurrent"
 -- Source: Arora et al., "Simple linear attention language models balance the recall-throughput tradeoff", 2024, arXiv 2402.18668.
 local Based = nn.module("based", base.Recurrent)
 
-local ROWS <const> = {
+local ROWS <const> = base.rows {
   num_heads = { "integer", 8 }, feature_dim = { "integer", 16 }, chunk_size = { "integer", 64 }, eps = { "number", 1e-12 },
 }
 

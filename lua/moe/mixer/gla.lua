@@ -12,7 +12,7 @@ local base = require "moe.mixer.recurrent"
 -- Source: Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training", 2023, arXiv 2312.06635, section 4.4.
 local GLA = nn.module("gla", base.Recurrent)
 
-local ROWS <const> = {
+local ROWS <const> = base.rows {
   num_heads = { "integer", 4 }, expand_k = { "number", 0.5 }, expand_v = { "number", 1 }, gate_low_rank_dim = { "integer", 16 },
   gate_logit_normalizer = { "number", 16 }, chunk_size = { "integer", 64 }, norm_eps = { "number", 1e-5 },
 }

@@ -11,7 +11,7 @@ local base = require "moe.mixer.recurrent"
 -- Sources: Qin et al., "Lightning Attention-2", 2024, arXiv 2401.04658; names and slopes as in MiniMax-01, arXiv 2501.08313.
 local Lightning = nn.module("lightning", base.Recurrent)
 
-local ROWS <const> = {
+local ROWS <const> = base.rows {
   num_heads = { "integer", 8 }, head_dim = { "integer" }, layer = { "integer", 1 }, num_layers = { "integer", 1 },
   chunk_size = { "integer", 64 }, norm_eps = { "number", 1e-6 },
 }

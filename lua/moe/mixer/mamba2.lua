@@ -8,15 +8,17 @@ local base = require "moe.mixer.recurrent"
 -- dt_bias) each head h keeps S = exp(-exp(A_log_h) d) S + d B x^T and gives y = S^T C + D_h x; out_proj (RMSNorm(y silu(z))).
 -- x [batch, time, d_model] -> the same; inner width expand * d_model in heads of headdim; B and C [d_state] for each of ngroups
 -- groups of heads. The state: conv [batch, d_conv - 1, inner + 2 ngroups d_state], recurrent [batch, heads, d_state, headdim].
--- RMSNorm is over the channels of a group. norm_before_gate: RMSNorm(y) silu(z); rmsnorm = false: y silu(z). Names and first values as in mamba_ssm.
+-- RMSNorm is over the channels of a group. norm_before_gate: RMSNorm(y) silu(z); rmsnorm = false: y silu(z). Names and first
+-- values as in mamba_ssm.
 -- Source: Dao and Gu, "Transformers are SSMs", 2024, arXiv 2405.21060.
 local Mamba2 = nn.module("mamba2", base.Recurrent)
 
-local ROWS <const> = {
+local ROWS <const> = base.rows {
   d_state = { "integer", 128 }, d_conv = { "integer", 4 }, expand = { "number", 2 }, headdim = { "integer", 64 },
-  ngroups = { "integer", 1 }, chunk_size = { "integer", 64 }, rmsnorm = { "boolean", true }, norm_before_gate = { "boolean", false },
-  D_has_hdim = { "boolean", false }, bias = { "boolean", false }, conv_bias = { "boolean", true }, dt_min = { "number", 0.001 },
-  dt_max = { "number", 0.1 }, dt_init_floor = { "number", 1e-4 }, A_init_range = { "table", { 1, 16 } }, norm_eps = { "number", 1e-5 },
+  ngroups = { "integer", 1 }, chunk_size = { "integer", 64 }, rmsnorm = { "boolean", true },
+  norm_before_gate = { "boolean", false }, D_has_hdim = { "boolean", false }, bias = { "boolean", false },
+  conv_bias = { "boolean", true }, dt_min = { "number", 0.001 }, dt_max = { "number", 0.1 },
+  dt_init_floor = { "number", 1e-4 }, A_init_range = { "table", { 1, 16 } }, norm_eps = { "number", 1e-5 },
 }
 
 function Mamba2:init(given)
@@ -46,8 +48,10 @@ function Mamba2:mix(u, state, cu)
   local states = o.ngroups * o.d_state
   local x, B, C = core.split(mid, { self._inner, states, states }, -1)
   local y
-  y, after.recurrent = core.ssd(base.heads(x, self._heads), dt, -self.A_log:exp(), base.heads(B, o.ngroups), base.heads(C, o.ngroups), {
-    D = self.D, dt_bias = self.dt_bias, dt_softplus = true, initial_state = state.recurrent, cu_seqlens = cu, chunk_size = o.chunk_size,
+  x, B, C = base.heads(x, self._heads), base.heads(B, o.ngroups), base.heads(C, o.ngroups)
+  y, after.recurrent = core.ssd(x, dt, -self.A_log:exp(), B, C, {
+    D = self.D, dt_bias = self.dt_bias, dt_softplus = true, initial_state = state.recurrent, cu_seqlens = cu,
+    chunk_size = o.chunk_size,
   })
   y = base.join(y)
   if not self.norm then

@@ -11,7 +11,7 @@ local base = require "moe.mixer.recurrent"
 -- Source: Sun et al., "Retentive Network", 2023, arXiv 2307.08621, equations 5 to 8.
 local Retention = nn.module("retention", base.Recurrent)
 
-local ROWS <const> = {
+local ROWS <const> = base.rows {
   num_heads = { "integer", 8 }, expand_k = { "number", 1 }, expand_v = { "number", 2 }, rope_base = { "number", 10000 },
   chunk_size = { "integer", 64 }, norm_eps = { "number", 1e-5 },
 }
@@ -22,7 +22,7 @@ function Retention:init(given)
   local keys, values = math.tointeger(o.d_model * o.expand_k // 1), math.tointeger(o.d_model * o.expand_v // 1)
   self._dk = self:divided(keys, h, "num_heads = " .. h .. " (expand_k * d_model in heads)")
   self._dv = self:divided(values, h, "num_heads = " .. h .. " (expand_v * d_model in heads)")
-  if self._dk % 2 ~= 0 then error(("retention: rope turns pairs: keys of a head must be even in number, got %d"):format(self._dk), 3) end
+  if self._dk % 2 ~= 0 then error(("retention: rope turns pairs: a head must have an even width, got %d"):format(self._dk), 3) end
   self._positions = true
   self.q_proj = base.linear(o, o.d_model, keys)
   self.k_proj = base.linear(o, o.d_model, keys)

@@ -11,11 +11,12 @@ local base = require "moe.mixer.recurrent"
 -- the state forgets what kk holds, by the share a, and takes the new value. y = o_proj (g (GroupNorm_head(S^T r) + (r . r_k k) v)).
 -- layer > 1: v moves toward the first layer's by sigmoid(v_lora x_v), v = v + (v_first - v) share; the first layer leaves
 -- ctx.v_first for them, so that all layers must get the same ctx.
--- x [batch, time, d_model] -> the same, heads of head_dim. First values as in the paper's code: o_proj is 0. The state: shift [batch, d_model], recurrent [batch, heads, dk, dk].
+-- x [batch, time, d_model] -> the same, heads of head_dim. First values as in the paper's code: o_proj is 0.
+-- The state: shift [batch, d_model], recurrent [batch, heads, dk, dk].
 -- Source: Peng et al., "RWKV-7 Goose with Expressive Dynamic State Evolution", 2025, arXiv 2503.14456, section 4.
 local RWKV7 = nn.module("rwkv7", base.Recurrent)
 
-local ROWS <const> = {
+local ROWS <const> = base.rows {
   head_dim = { "integer", 64 }, num_heads = { "integer" }, layer = { "integer", 1 }, num_layers = { "integer", 1 },
   decay_low_rank_dim = { "integer" }, a_low_rank_dim = { "integer" }, v_low_rank_dim = { "integer" }, gate_low_rank_dim = { "integer" },
   chunk_size = { "integer", 64 },
