@@ -14,7 +14,8 @@ local M = {
   title = "Engram", paper = "arXiv 2601.07372", number = 52,
   claim = "at equal parameters a hashed n-gram memory beside fewer experts beats experts alone; neither share 0 nor 1 is best",
   outcome = "reproduced: 2.01 with half the inactive parameters in the memory against 2.60 with experts alone (three seeds); not "
-    .. "reproduced: an optimum between the ends (shares 0.25 / 0.5 / 0.75 / 1: 2.05 / 2.01 / 2.00 / 1.99 at 400 steps, the same order at 2000)",
+    .. "reproduced: an optimum between the ends (shares 0.25 / 0.5 / 0.75 / 1: 2.05 / 2.01 / 2.00 / 1.99 at 400 steps, "
+    .. "the same order at 2000)",
 }
 
 -- A block that reads the memory before it works.
