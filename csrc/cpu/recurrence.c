@@ -48,8 +48,9 @@ typedef struct recurrence_job {
 #include "cpu/recurrence_back_real.h"
 
 static moe_status run(const moe_recurrence *f, recurrence_job *j, moe_range_fn *fn) {
-  int64_t rows = f->start ? f->start[f->sequences] : f->sequences * f->time;
-  int64_t tasks = f->sequences * f->heads, each = (rows / MOE_MAX(1, f->sequences) + 1) * f->dk * f->dv;
+  int64_t tasks = f->sequences * f->heads;
+  if (tasks == 0) return MOE_OK;
+  int64_t rows = f->start ? f->start[f->sequences] : f->sequences * f->time, each = (rows / f->sequences + 1) * f->dk * f->dv;
   moe_parallel_range(tasks, MOE_MAX(1, MOE_GRAIN * 4 / MOE_MAX(1, each)), fn, j);
   return j->short_of_memory ? moe_fail(MOE_ENOMEM, "out of memory for the scratch space of a recurrence") : MOE_OK;
 }

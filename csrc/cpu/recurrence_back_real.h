@@ -226,7 +226,7 @@ static void R(backward_range)(void *arg, int64_t begin, int64_t end, int worker)
       return;
     }
     for (int64_t e = 0; f->bonus && e < f->dk; e++) c.dbonus[e] = 0;
-    for (int64_t i = (time + f->chunk - 1) / f->chunk; i-- > 0;) {
+    for (int64_t i = time / f->chunk + (time % f->chunk != 0); i-- > 0;) {
       int64_t t = i * f->chunk, n = MOE_MIN(f->chunk, time - t), row = b * f->time + t0 + t;
       const REAL *first = (const REAL *)j->kept + ((f->first[seq] + i) * H + h) * matrix;
       const REAL *g = (const REAL *)j->go + (row * H + h) * f->dv;

@@ -97,17 +97,20 @@ for i, form in ipairs(FORMS) do
     100 * forward / least[i].forward / rate, 100 * (forward + backward) / least[i].whole / rate))
 end
 
-print(("\n%8s %14s %14s %14s %12s"):format("length", "ssd ms", "gated delta ms", "attention ms", "attention/ssd"))
+print(("\n%8s %14s %14s %14s %14s %14s"):format("length", "ssd ms", "gated delta ms", "attention ms", "attention/ssd", "ssd peak MB"))
 local t = 512
 while t <= LONGEST do
   local short, ssd, delta, attention = inputs(t), {}, {}, {}
   local gs = moe.randn(B, t, H, D)
   for _ = 1, math.max(2, ROUNDS // 2) do
+    local before = moe.memory().live
+    moe.reset_peak_memory()
     moe.scope(measure, ssd, moe.linear_attention, short, FORMS[2][3](short), gs)
+    ssd.peak = moe.memory().peak - before
     moe.scope(measure, delta, moe.linear_attention, short, FORMS[5][3](short), gs)
     moe.scope(measure, attention, attend, short, {}, gs)
   end
-  print(("%8d %14.1f %14.1f %14.1f %12.2f"):format(t, ssd.whole * 1e3, delta.whole * 1e3, attention.whole * 1e3,
-    attention.whole / ssd.whole))
+  print(("%8d %14.1f %14.1f %14.1f %14.2f %14.1f"):format(t, ssd.whole * 1e3, delta.whole * 1e3, attention.whole * 1e3,
+    attention.whole / ssd.whole, ssd.peak / 2 ^ 20))
   t = t * 2
 end

@@ -318,6 +318,11 @@ describe("linear_attention", function()
     S:close()
   end)
 
+  it("takes a chunk longer than any sequence", function()
+    local q, k, v, o = inputs(FAMILY[4], 20)
+    agree(run(moe.linear_attention, q, k, v, o), run(moe.linear_attention, q, k, v, with(o, { chunk_size = math.maxinteger })), 1e-12)
+  end)
+
   it("takes sizes of zero", function()
     local function z(...) return moe.zeros { ... } end
     local y, S = moe.linear_attention(z(2, 0, 3, 4), z(2, 0, 3, 4), z(2, 0, 3, 5), { initial_state = moe.ones { 2, 3, 4, 5 } })
