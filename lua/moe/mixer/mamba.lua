@@ -8,8 +8,8 @@ local base = require "moe.mixer.recurrent"
 -- d = softplus(dt_proj dt) every channel keeps h = exp(-exp(A_log) d) h + d B x and gives y = <C, h> + D x; out_proj (y silu(z)).
 -- x [batch, time, d_model] -> the same; inner width expand * d_model, d_state numbers a channel; dt_rank defaults to
 -- d_model / 16, rounded up. The state: conv [batch, d_conv - 1, inner], recurrent [batch, inner, d_state]. A_log starts as
--- log(1 .. d_state), dt_proj's bias where softplus of it is even in its logarithm between dt_min and dt_max, D as 1. Names and first values as
--- in mamba_ssm.
+-- log(1 .. d_state), dt_proj's bias where softplus of it is even in its logarithm between dt_min and dt_max, D as 1. Names and
+-- first values as in mamba_ssm.
 -- Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023, arXiv 2312.00752.
 local Mamba = nn.module("mamba", base.Recurrent)
 
