@@ -23,26 +23,23 @@ local M = {
 local Choice = nn.module "groups"
 
 function Choice:init(o)
-  self._shared, self._groups, self._all = o.shared, o.groups, o.active == o.groups
-  if self._all then return end
-  self.best = moe.router.topk {
+  self._shared, self._groups = o.shared, o.groups
+  self.best = o.active < o.groups and moe.router.topk {
     d_model = o.d_model, num_experts = o.groups - o.shared, top_k = o.active - o.shared, norm_topk_prob = false,
-  }
+  } or nil
 end
 
 function Choice:route(x, ctx)
   local T, S, G = x:size(1), self._shared, self._groups
-  if self._all then
+  if not self.best then
     local all = core.ones({ T, G }, { dtype = x.dtype })
     return moe.routing.dense(all, { mask = ctx.mask, probs = all / G })
   end
   local inner = self.best:route(x, ctx)
-  local index, p, on = inner.index, inner.gate, inner.index:gt(0) -- masked tokens have none
-  local always = core.arange(1, S):to "i64":reshape { 1, S }:expand { T, S }
-  index = core.cat({ core.where(on:narrow(2, 1, 1), always, 0):to "i64", core.where(on, index + S, 0):to "i64" }, 2)
-  local weight = core.cat({ core.ones({ T, S }, { dtype = p.dtype }), p - p:detach() + 1 }, 2)
-  local probs = core.cat({ core.zeros({ T, S }, { dtype = p.dtype }), inner.probs }, 2)
-  return moe.routing.topk(index, weight, G, { mask = ctx.mask, probs = probs })
+  local p, none = inner.gate, core.zeros({ T, S }, { dtype = inner.gate.dtype })
+  local index = core.cat({ (none + core.arange(1, S)):to "i64", inner.index + S }, 2)
+  local weight = core.cat({ none + 1, p - p:detach() + 1 }, 2)
+  return moe.routing.topk(index, weight, G, { mask = ctx.mask, probs = core.cat({ none, inner.probs }, 2) })
 end
 
 local Part = nn.module "part"
@@ -66,29 +63,27 @@ function Part:forward(x, routing, ctx)
   return self.fusion:matmul(y:reshape { T, self._groups, D // self._groups }):reshape { T, D }
 end
 
-local function layer(o, part)
+local function layer(o, ...)
+  local part = Part(o, ...)
   return moe.layer {
     d_model = o.d_model, num_experts = o.groups, router = Choice(o), experts = part, balance = { moe.loss.switch(0.01) },
   }
 end
 
 --- The feed-forward part: o.hidden wide, on o.active of o.groups groups of o.d_model, o.shared of them always on.
-function M.ffn(o)
-  return layer(o, Part(o, o.hidden, o.hidden, function(h) return h:gelu() end))
-end
-
-local Mixer = nn.module "mixer"
-function Mixer:init(part) self.part = part end
-function Mixer:forward(x, _, ctx) return (self.part(x, ctx)) end
+function M.ffn(o) return layer(o, o.hidden, o.hidden, function(h) return h:gelu() end) end
 
 --- The attention part: o.num_heads heads over as many dimensions as are active.
 function M.mixer(o)
   local width, H = o.d_model * o.active // o.groups, o.num_heads
-  return Mixer(layer(o, Part(o, 3 * width, width, function(h, ctx)
+  local part = layer(o, 3 * width, width, function(h, ctx)
     local B, T = ctx.shape[1], ctx.shape[2]
     local q, k, v = h:reshape { B, T, 3, H, width // H }:permute { 3, 1, 4, 2, 5 }:unbind(1)
     return core.attention(q, k, v, { causal = true }):transpose(2, 3):reshape { B * T, width }
-  end)))
+  end)
+  local mixer = nn.lambda(function(x, _, ctx) return (part(x, ctx)) end)
+  mixer.part = part
+  return mixer
 end
 
 --- The language model: hidden width o.expand (3) times o.d_model, of which as much as o.d_model is active: o.active of o.groups
