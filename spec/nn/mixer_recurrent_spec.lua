@@ -158,21 +158,41 @@ describe("recurrent mixers", function()
     end)
   end
 
-  -- weights, results and gradients of Transformers' modules (spec/fixture/make_mixers.py)
+  local function rwkv7(layer)
+    return moe.mixer.rwkv7 { d_model = 12, num_heads = 2, layer = layer, num_layers = 2, dtype = "f64", chunk_size = 4,
+      decay_low_rank_dim = 5, a_low_rank_dim = 5, v_low_rank_dim = 5, gate_low_rank_dim = 5 }
+  end
+
+  -- weights, results and gradients of independent modules (spec/fixture/make_mixers.py): Transformers', and the papers' formulas
   for name, options in pairs {
     mamba2 = { d_model = 12, headdim = 6, d_state = 5, ngroups = 2, chunk_size = 4 },
     gated_delta = { d_model = 12, num_heads = 2, num_v_heads = 4, head_dim = 4, expand_v = 1.5, chunk_size = 4 },
     kda = { d_model = 12, num_heads = 2, head_dim = 4, chunk_size = 4 },
     lightning = { d_model = 12, num_heads = 2, head_dim = 4, layer = 2, num_layers = 3, chunk_size = 4 },
+    retention = { d_model = 12, num_heads = 2, chunk_size = 4 },
+    gla = { d_model = 12, num_heads = 2, gate_low_rank_dim = 3, chunk_size = 4 },
+    delta = { d_model = 12, num_heads = 2, chunk_size = 4 },
+    rwkv7 = {},
   } do
-    it(name .. " is that of Transformers", function()
+    it(name .. " is that of an independent implementation", function()
       local fixture, weights = helper.fixture "mixers", {}
       for key, t in pairs(fixture) do
         local weight = key:match("^" .. name .. "%.weight%.(.*)$")
         if weight then weights[weight] = t end
       end
       options.dtype = "f64"
-      local m = moe.mixer[name](options)
+      local m
+      if name == "rwkv7" then
+        local Two = moe.nn.module "two"
+        function Two:forward(x)
+          local ctx = {}
+          return self[2](self[1](x, nil, ctx), nil, ctx)
+        end
+        m = Two()
+        m[1], m[2] = rwkv7(1), rwkv7(2)
+      else
+        m = moe.mixer[name](options)
+      end
       m:load_state_dict(weights)
       local x = fixture[name .. ".x"]:requires_grad_()
       local y = m(x)
