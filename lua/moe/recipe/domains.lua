@@ -116,6 +116,29 @@ function M.tune(model, text, given)
   return train(o, model)
 end
 
+--- Tunes a base on a text in several ways: cases, a list of { name, adapt }, where adapt(model) puts into a frozen copy what is to be
+-- trained. A list, also by name, of { name, val_loss (mean over the seeds), spread, losses, models (one a seed each), trained
+-- (share of the parameters) }. Options: base, text, seeds; the others as for tune.
+function M.compare(cases, given)
+  local rows, o = {}, {}
+  for k, v in pairs(given) do o[k] = v end
+  o.base, o.text, o.seeds = nil, nil, nil
+  for i, case in ipairs(cases) do
+    local row = { name = case[1], losses = {}, models = {} }
+    for j, seed in ipairs(given.seeds) do
+      moe.manual_seed(seed)
+      local model = given.base.fresh()
+      case[2](model)
+      o.seed = seed
+      row.losses[j], row.models[j] = M.tune(model, given.text, o).val_loss, model
+      row.trained = model:num_parameters(true) / model:num_parameters()
+    end
+    row.val_loss, row.spread = lab.mean(row.losses)
+    rows[i], rows[row.name] = row, row
+  end
+  return rows
+end
+
 --- The mean cross-entropy of a model on the part of a text kept for validation.
 function M.loss(model, text, ctx)
   local training = model.training
