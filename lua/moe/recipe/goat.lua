@@ -7,12 +7,10 @@
 --   y = W_res x + s sum over the k best e of g_e B_e A_e x,    W_res = W0 - s / E sum over all e of B_e A_e
 -- with g the normalised softmax weights and a Switch balance loss. W_res makes the expectation under an even gate W0 x; the
 -- scale s makes a step of the low-rank experts about as large as one of experts of full rank (theorem 3.5; eta: the ratio of the
--- learning rates). It differs from MoLA's layer in the start and in the scale alone. rho = 10 and eta = 1 as in the authors'
--- code.
+-- learning rates). It differs from MoLA's layer in the start and in the scale alone. rho = 10, eta = 1 chosen here.
 
 local moe = require "moe"
 local domains = require "moe.recipe.domains"
-local lab = require "moe.recipe.lab"
 
 local M = {
   title = "GOAT: LoRA experts from segments of the singular values", paper = "arXiv 2502.16894", number = 101,
@@ -29,25 +27,22 @@ function M.scale(n, rank, eta) return math.sqrt(3 * (eta or 1) * n / rank) end
 function M.start(linear, o)
   o = o or {}
   local bank = linear.experts
-  local E, r, W = bank.num_experts, bank.rank, moe.core.is_tensor(bank.base) and bank.base or bank.base.weight:detach()
-  local s = M.scale(bank.d_model, r, o.eta)
-  local segment = math.min(table.unpack(W.shape)) // E
+  local plain = moe.core.is_tensor(bank.base)
+  local E, r, W = bank.num_experts, bank.rank, plain and bank.base or bank.base.weight:detach()
+  local s, segment = M.scale(bank.d_model, r, o.eta), math.min(table.unpack(W.shape)) // E
   if r > segment then error(("goat: rank %d, but a segment has %d singular values"):format(r, segment), 2) end
   local U, S, V = moe.svd(W)
-  local root = (S / (s * (o.rho or 10))):sqrt()
-  local rest = W
+  local root, rest = (S / (s * (o.rho or 10))):sqrt(), W
   moe.no_grad(function()
     for e = 1, E do
       local first = (e - 1) * segment + 1
-      local B = U:narrow(2, first, r) * root:narrow(1, first, r)
-      local A = (V:narrow(2, first, r) * root:narrow(1, first, r)):t()
-      bank.lora_B[e]:copy_(B)
-      bank.lora_A[e]:copy_(A)
+      local B = bank.lora_B[e]:copy_(U:narrow(2, first, r) * root:narrow(1, first, r))
+      local A = bank.lora_A[e]:copy_((V:narrow(2, first, r) * root:narrow(1, first, r)):t())
       rest = rest - B:matmul(A) * (s / E)
     end
+    if plain then bank:buffer("base", rest) else bank.base.weight:copy_(rest) end
   end)
   bank.scale = s
-  if moe.core.is_tensor(bank.base) then bank:buffer("base", rest) else moe.no_grad(function() bank.base.weight:copy_(rest) end) end
   return linear
 end
 
@@ -68,37 +63,27 @@ function M.add_experts(model, o)
   return model
 end
 
---- Trains a base on one kind of text, then tunes it on another: for each of `starts` ("goat", "zero", "scaled", "full": the FFNs
--- themselves), { val_loss, spread, losses }. Options: starts, seeds, steps, lr, text, base.
+--- Trains a base on one kind of text, then tunes it on another by each of `starts` ("goat", "zero", "scaled", "full": the FFNs
+-- themselves): rows as of domains.compare. Options: starts, seeds, steps, lr, text, base.
 function M.run(o)
-  local base, out = o.base or domains.base(), {}
-  local text = domains.text(o.text or "tales")
-  for _, start in ipairs(o.starts) do
-    local losses = {}
-    for i, seed in ipairs(o.seeds) do
-      moe.manual_seed(seed)
-      local model = base.fresh()
-      if start == "full" then
-        for _, block in ipairs(model.layers) do block.ffn:unfreeze() end
-      else
-        M.add_experts(model, { start = start })
-      end
-      losses[i] = domains.tune(model, text, { steps = o.steps, seed = seed, lr = o.lr }).val_loss
-    end
-    local mean, spread = lab.mean(losses)
-    out[start] = { val_loss = mean, spread = spread, losses = losses }
+  local cases = {}
+  for i, start in ipairs(o.starts) do
+    cases[i] = { start, function(model)
+      if start ~= "full" then return M.add_experts(model, { start = start }) end
+      for _, block in ipairs(model.layers) do block.ffn:unfreeze() end
+    end }
   end
-  return out
+  return domains.compare(cases, {
+    base = o.base or domains.base(), text = domains.text(o.text or "tales"), seeds = o.seeds, steps = o.steps, lr = o.lr,
+  })
 end
 
 --- The four starts at three learning rates, 80 steps: rows { "start at lr", loss after tuning }.
 function M.demo(report)
-  local base, rows = domains.base(), {}
+  local base, rows, starts = domains.base(), {}, { "zero", "scaled", "goat", "full" }
   for _, lr in ipairs { 0.003, 0.01, 0.02 } do
-    local starts = { "zero", "scaled", "goat", "full" }
-    local result = M.run { base = base, starts = starts, seeds = { 1, 2, 3 }, steps = 80, lr = lr }
-    for _, start in ipairs(starts) do
-      rows[#rows + 1] = { ("%s at %g"):format(start, lr), result[start].val_loss }
+    for _, row in ipairs(M.run { base = base, starts = starts, seeds = { 1, 2, 3 }, steps = 80, lr = lr }) do
+      rows[#rows + 1] = { ("%s at %g"):format(row.name, lr), row.val_loss }
       if report then report(table.unpack(rows[#rows])) end
     end
   end
