@@ -6,6 +6,7 @@
 --   for batch in val do print(batch.x, batch.y) end       -- [12, 64] each, counting from 1; y lies one token further
 --
 --   local loader = moe.data.batches(x, y, { batch_size = 32, shuffle = true, seed = 1 })
+--   local task = moe.data.synthetic.mqar { setting = "zoology_64", batch_size = 32 }   -- batch.x, batch.y, batch.mask
 --
 -- A loader is called for the next batch; nil ends a pass, and the call after it begins the next. Loaders with
 -- random = true never end. loader:state() is a small table (where the loader is), loader:restore(state) goes there.
@@ -14,6 +15,7 @@ local core = require "moe.core"
 local files = core._files
 local low = core._data
 local check_options = require("moe.options").check
+local Loader = require "moe.data.loader"
 
 local M = {}
 
@@ -33,31 +35,6 @@ local function flag(fname, options, name)
   local v = options[name]
   if v ~= nil and type(v) ~= "boolean" then fail(3, "%s: %s must be true or false, got %s", fname, name, tostring(v)) end
   return v or false
-end
-
--- --- loaders ---
-
-local Loader = {}
-Loader.__index = Loader
-Loader.__name = "moe.data.loader"
-function Loader:__call() return self:next() end
-function Loader:__tostring() return self.text end
-
--- The fields of a state and their least values; restore takes nothing else.
-function Loader:state()
-  local s = { kind = self.kind }
-  for name in pairs(self.fields) do s[name] = self[name] end
-  return s
-end
-
-function Loader:restore(s)
-  if type(s) ~= "table" or s.kind ~= self.kind then
-    fail(2, "restore: the state is not one of %s", self.text)
-  end
-  for name, least in pairs(self.fields) do
-    if math.type(s[name]) ~= "integer" or s[name] < least then fail(2, "restore: the state's %s is %s", name, tostring(s[name])) end
-  end
-  for name in pairs(self.fields) do self[name] = s[name] end
 end
 
 -- --- text ---
@@ -313,4 +290,4 @@ function M.batches(x, y, options)
   return setmetatable(loader, Loader)
 end
 
-return M
+return require "moe.lazy"(M, { synthetic = "moe.data.synthetic" })
