@@ -93,6 +93,7 @@ static const struct scaling *read_scaling(const char *text, double *field, const
   while (*p == '(' || *p == ',') {
     p++;
     p += strspn(p, " ");
+    if (*p == ')') break;
     size_t length = strcspn(p, " =");
     int found = -1;
     for (int i = 0; i < FIELDS; i++)

@@ -8,6 +8,7 @@ for name, make in pairs(core._module.make.mixer or {}) do M[name] = make end
 
 return require "moe.lazy"(M, {
   mamba = "moe.mixer.mamba", with_map = "moe.attention_map:with_map", attention_weights = "moe.attention_map:weights",
+  mla = "moe.mixer.mla",
   mixture_of_heads = "moe.sparse.heads:mixture_of_heads", mixture_of_attention = "moe.sparse.heads:mixture_of_attention",
   mamba2 = "moe.mixer.mamba2", retention = "moe.mixer.retention", gla = "moe.mixer.gla", lightning = "moe.mixer.lightning",
   based = "moe.mixer.based", rwkv7 = "moe.mixer.rwkv7",

@@ -267,6 +267,82 @@ describe("attention", function()
     assert.close(weight, m.qkv_proj.weight.grad, { rtol = 1e-9, atol = 1e-11 })
   end)
 
+  it("sees a window: whole, in pieces, packed, and with weights that drop out", function()
+    for _, causal in ipairs { true, false } do
+      moe.manual_seed(8)
+      local m = make { d_model = 8, num_heads = 2, num_kv_heads = 1, window = 3, causal = causal, dropout = 1e-12 }
+      local plain = make { d_model = 8, num_heads = 2, num_kv_heads = 1, causal = causal }
+      plain:load_state_dict(m:state_dict())
+      local x = moe.randn(1, 11, 8, { dtype = "f64" })
+      local mask = nn.masks.dilated(11, 11, { window = 3, causal = causal })
+      local close = { rtol = 1e-9, atol = 1e-10 }
+      assert.close(plain(x, mask), m(x), close)
+      assert.close(plain(x, mask), m:eval()(x), close)
+      local cu = moe.tensor({ 0, 5, 11 }, { dtype = "i64" })
+      local parts = moe.cat({ m(x:narrow(2, 1, 5)), m(x:narrow(2, 6, 6)) }, 2)
+      assert.close(parts, m(x, nil, { cu_seqlens = cu }), close)
+      assert.close(parts, m:train()(x, nil, { cu_seqlens = cu }), close)
+      if causal then
+        local state, pieces = m:state(1), {}
+        for t = 1, 11 do pieces[t], state = m(x:narrow(2, t, 1), state) end
+        assert.close(m(x), moe.cat(pieces, 2), close)
+      end
+    end
+  end)
+
+  it("adds a term by distance also where weights drop out", function()
+    moe.manual_seed(9)
+    local m = make { d_model = 8, num_heads = 2, dropout = 1e-12 }
+    local x, relative = moe.randn(2, 6, 8, { dtype = "f64" }), moe.randn(2, 7, { dtype = "f64" })
+    local ctx = { relative = relative }
+    assert.close(m:eval()(x, nil, ctx), m:train()(x, nil, ctx), { rtol = 1e-9, atol = 1e-10 })
+    assert.is_not.same(m(x):totable(), m(x, nil, ctx):totable())
+  end)
+
+  it("attends across to a memory", function()
+    moe.manual_seed(10)
+    local m = make { d_model = 8, num_heads = 2, num_kv_heads = 1, cross = true, qk_norm = true }
+    local same = make { d_model = 8, num_heads = 2, num_kv_heads = 1, causal = false, qk_norm = true }
+    same:load_state_dict(m:state_dict())
+    local x, memory = moe.randn(2, 4, 8, { dtype = "f64" }), moe.randn(2, 6, 8, { dtype = "f64" })
+    local close = { rtol = 1e-10, atol = 1e-11 }
+    assert.close(same(x), m(x, nil, { memory = x }), close) -- of itself, it is attention within
+    -- the rows of a longer sequence, of which the first ones are no keys
+    local both, mask = moe.cat({ x, memory }, 2), moe.zeros({ 10, 10 }, { dtype = "bool" })
+    mask:narrow(2, 5, 6):fill_(1)
+    local wanted = same(both, mask):narrow(2, 1, 4)
+    assert.close(wanted, m(x, nil, { memory = memory }), close)
+    local state, parts = m:state(2), {}
+    for t = 1, 4 do -- the memory is read once
+      parts[t], state = m(x:narrow(2, t, 1), state, t == 1 and { memory = memory } or nil)
+      assert.equal(6, state.k:size(3))
+    end
+    assert.close(wanted, moe.cat(parts, 2), close)
+    local one, other = x:narrow(1, 1, 1), memory:narrow(1, 1, 1)
+    local function counts(t) return moe.tensor(t, { dtype = "i64" }) end
+    local packed = m(one, nil, { memory = other, cu_seqlens = counts { 0, 1, 4 }, cu_seqlens_memory = counts { 0, 5, 6 } })
+    assert.close(moe.cat({ m(one:narrow(2, 1, 1), nil, { memory = other:narrow(2, 1, 5) }),
+      m(one:narrow(2, 2, 3), nil, { memory = other:narrow(2, 6, 1) }) }, 2), packed, close)
+    moe.gradcheck(function(a, b) return m(a, nil, { memory = b }) end,
+      { moe.randn(1, 2, 8, { dtype = "f64" }), moe.randn(1, 3, 8, { dtype = "f64" }) })
+    assert.error_matches(function() m(x) end, "a cross attention wants memory %[batch, positions, 8%] in its context")
+    assert.error_matches(function() m(x, nil, { memory = one }) end, "memory must be %[2, positions, 8%], got %[1, 4, 8%]")
+    assert.error_matches(function() m(one, nil, { memory = other, cu_seqlens = counts { 0, 4 } }) end, "cu_seqlens_memory")
+    assert.has_error(function() nn.attention { d_model = 8, num_heads = 2, cross = true, rope = true } end)
+  end)
+
+  it("turns by scaled frequencies", function()
+    moe.manual_seed(11)
+    local scaling = nn.rope_scaling { rope_type = "llama3", factor = 4, original_max_position_embeddings = 8 }
+    local m = make { d_model = 8, num_heads = 1, rope = true, rope_scaling = scaling }
+    local x = moe.randn(1, 5, 8, { dtype = "f64" })
+    local q, k, v = x:linear(m.qkv_proj.weight, m.qkv_proj.bias):reshape { 1, 5, 3, 8 }:transpose(2, 3):chunk(3, 2)
+    local y = moe.attention(q:rope { scaling = scaling }, k:rope { scaling = scaling }, v, { causal = true })
+    assert.close(y:reshape { 1, 5, 8 }:linear(m.o_proj.weight, m.o_proj.bias), m(x), { rtol = 1e-10, atol = 1e-11 })
+    assert.error_matches(function() nn.attention { d_model = 8, num_heads = 1, rope_scaling = "yarn(factor=2)" } end,
+      "original_max_position_embeddings must be given")
+  end)
+
   it("is a mixer too", function()
     local m = require("moe.mixer").attention { d_model = 4, num_heads = 2 }
     assert.same({ 1, 3, 4 }, m(moe.ones(1, 3, 4)).shape)
@@ -286,7 +362,7 @@ describe("attention", function()
     assert.has_error(function() m(moe.ones(1, 2, 8), nil, moe.ones(3, 3)) end)
     for _, bad in ipairs { { d_model = 8, num_heads = 3 }, { d_model = 8, num_heads = 4, num_kv_heads = 3 }, { d_model = 8, num_heads = 0 },
       { d_model = 6, num_heads = 2, rope = true }, { d_model = 8, num_heads = 2, dropout = 1 }, { d_model = 8 },
-      { d_model = 8, num_heads = 2, head_dim = 0 }, { d_model = 1 << 40, num_heads = 1 << 40 },
+      { d_model = 8, num_heads = 2, head_dim = 0 }, { d_model = 8, num_heads = 2, window = 0 }, { d_model = 1 << 40, num_heads = 1 << 40 },
       { d_model = 8, num_heads = 2, head_dim = 1 << 60 } } do
       assert.has_error(function() nn.attention(bad) end)
     end

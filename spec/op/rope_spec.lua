@@ -100,4 +100,40 @@ describe("rope", function()
       { positions = moe.zeros({ 3 }, { dtype = "i64" }) })
     assert.same({ 0, 4 }, moe.rope(moe.zeros { 0, 4 }).shape)
   end)
+
+  for name, case in pairs(helper.fixture "rope_scaling") do
+    it("turns by the frequencies of Transformers: " .. name, function()
+      local x = moe.zeros({ 1, case.dim }, { dtype = "f64" })
+      x:narrow(2, 1, case.dim // 2):fill_(1) -- turned: cosines, then sines
+      local scaling = moe.nn.rope_scaling(case.scaling)
+      for _, how in ipairs { { offset = case.length - 1 }, { positions = moe.tensor({ case.length - 1 }, { dtype = "i64" }) } } do
+        how.base, how.scaling = case.base, scaling
+        local y, want = x:rope(how), {}
+        for i, f in ipairs(case.freq) do
+          want[i] = case.factor * math.cos((case.length - 1) * f)
+          want[i + case.dim // 2] = case.factor * math.sin((case.length - 1) * f)
+        end
+        assert.close({ want }, y, { rtol = 3e-5, atol = 3e-5 }) -- theirs are of f32
+      end
+    end)
+  end
+
+  it("scales by ntk: the highest frequency stays, the lowest is divided", function()
+    local x = moe.tensor({ { 1, 1, 1, 0, 0, 0 } }, { dtype = "f64" })
+    local y = x:rope { offset = 3, base = 100, scaling = "ntk(factor=4)" }:totable()[1]
+    assert.close({ math.cos(3), math.cos(3 * 100 ^ (-2 / 3) / 4) }, { y[1], y[3] }, { rtol = 1e-12 })
+  end)
+
+  it("says what is wrong with a scaling", function()
+    for text, want in pairs {
+      ["yern(factor=2)"] = "it is none of linear, ntk, dynamic, yarn, llama3", ["linear"] = "it must be name(field=number, ...)",
+      ["linear(factor=2"] = "it must be name(field=number, ...)", ["linear(factor=)"] = "it must be name(field=number, ...)",
+      ["linear(beta_fast=2)"] = "it has a field that is not known to it", ["linear()"] = "factor must be given, and be at least 1",
+      ["linear(factor=0.5)"] = "factor must be given, and be at least 1", ["linear(factor=nan)"] = "factor must be given, and be at least 1",
+      ["dynamic(factor=2)"] = "original_max_position_embeddings must be given, and be positive",
+    } do
+      local message = helper.error_of(moe.rope, moe.zeros(2, 4), { scaling = text })
+      assert.truthy(message:find(("rope: rope scaling '%s': %s"):format(text, want), 1, true), message)
+    end
+  end)
 end)

@@ -18,7 +18,7 @@ end
 
 -- Routings used elsewhere than in feed-forward networks: loaded when named, for they are built on moe.layer.
 return require "moe.lazy"(nn, {
-  batchnorm = "moe.nn.batchnorm",
+  batchnorm = "moe.nn.batchnorm", masks = "moe.nn.masks", relative = "moe.nn.relative", rope_scaling = "moe.nn.rope:scaling",
   mixture_of_depths = "moe.sparse.depths", mixture_of_blocks = "moe.sparse.blocks", sliced_linear = "moe.sparse.sliced",
   by_modality = "moe.sparse.modality:by_modality", modality_block = "moe.sparse.modality:modality_block",
   product_keys = "moe.memory.keys:product_keys", product_key_memory = "moe.memory.product_key",
