@@ -10,7 +10,6 @@
 local moe = require "moe"
 local nn = moe.nn
 local domains = require "moe.recipe.domains"
-local lab = require "moe.recipe.lab"
 
 local M = {
   title = "MoV and MoLORA: vectors or low-rank pairs as experts of a frozen model", paper = "arXiv 2309.05444", number = 105,
@@ -49,15 +48,14 @@ end
 -- Frozen attention with keys and values scaled; whole sequences, rotated positions.
 local Attention = nn.module "mov_attention"
 
-function Attention:init(base, d_model, heads, E)
-  self.base, self._heads = base, heads
-  self.key, self.value = Scaled(d_model, d_model, E), Scaled(d_model, d_model, E)
+function Attention:init(base, d, E)
+  self.base, self.key, self.value = base, Scaled(d, d, E), Scaled(d, d, E)
 end
 
 function Attention:forward(x)
   local base, B, T, d = self.base, table.unpack(x.shape)
   local q, k, v = x:linear(base.qkv_proj.weight):chunk(3, -1)
-  local function heads(t) return t:reshape { B, T, self._heads, d // self._heads }:transpose(2, 3) end
+  local function heads(t) return t:reshape { B, T, base.num_heads, d // base.num_heads }:transpose(2, 3) end
   k, v = heads((self.key(x, k))), heads((self.value(x, v)))
   local y = moe.attention(heads(q):rope(), k:rope(), v, { causal = true })
   return y:transpose(2, 3):reshape { B, T, d }:linear(base.o_proj.weight)
@@ -65,44 +63,35 @@ end
 
 --- Puts experts into a frozen model of moe.recipe.domains, in place. Options: kind ("mov" or "molora"), num_experts, rank.
 function M.adapt(model, o)
-  local E, heads = o.num_experts, o.num_heads or 4
+  local E, d = o.num_experts, model.d_model
   for _, block in ipairs(model.layers) do
     if o.kind == "molora" then
       local router = E > 1 and moe.router.topk { top_k = E, norm_topk_prob = false } or nil
       block.ffn = moe.experts.lora_ffn { base = block.ffn, num_experts = E, rank = o.rank or 2, router = router }
     else
-      block.mixer = Attention(block.mixer, model.d_model, heads, E)
-      block.ffn = Ffn(block.ffn, model.d_model, E)
+      block.mixer, block.ffn = Attention(block.mixer, d, E), Ffn(block.ffn, d, E)
     end
   end
   return model
 end
 
---- Trains a base on prose, then tunes it on a mix of four kinds of text. Options: seeds, steps, base, kinds (a list of { kind,
--- num_experts }). Gives a list of { name, val_loss, spread, trained (share of the parameters), models }, and the base.
+--- Trains a base on prose, then tunes it on a mix of four kinds of text. Options: seeds, steps, lr, base, kinds (a list of { kind,
+-- num_experts }). Gives rows as of domains.compare, named "mov-4".
 function M.run(o)
-  local base, out = o.base or domains.base(), {}
-  local text = domains.text "prose tales ledger code"
+  local cases = {}
   for i, kind in ipairs(o.kinds) do
-    local values, row = {}, { name = ("%s-%d"):format(kind[1], kind[2]), models = {} }
-    for j, seed in ipairs(o.seeds) do
-      moe.manual_seed(seed)
-      local model = M.adapt(base.fresh(), { kind = kind[1], num_experts = kind[2] })
-      values[j] = domains.tune(model, text, { steps = o.steps, seed = seed, lr = o.lr or 0.02, weight_decay = 0 }).val_loss
-      row.models[j] = model
-      row.trained = model:num_parameters(true) / model:num_parameters()
-    end
-    row.val_loss, row.spread = lab.mean(values)
-    out[i] = row
+    cases[i] = { ("%s-%d"):format(kind[1], kind[2]), function(model) M.adapt(model, { kind = kind[1], num_experts = kind[2] }) end }
   end
-  return out, base
+  return domains.compare(cases, {
+    base = o.base or domains.base(), text = domains.text "prose tales ledger code", seeds = o.seeds, steps = o.steps,
+    lr = o.lr or 0.02, weight_decay = 0,
+  })
 end
 
 --- IA3 and MoV, LoRA and MoLORA, on the mix of four tasks: rows { name, loss }.
 function M.demo(report)
-  local kinds = { { "mov", 1 }, { "mov", 4 }, { "molora", 1 }, { "molora", 4 } }
-  local rows = {}
-  for i, row in ipairs((M.run { kinds = kinds, seeds = { 1, 2, 3 }, steps = 200 })) do
+  local kinds, rows = { { "mov", 1 }, { "mov", 4 }, { "molora", 1 }, { "molora", 4 } }, {}
+  for i, row in ipairs(M.run { kinds = kinds, seeds = { 1, 2, 3 }, steps = 200 }) do
     rows[i] = { row.name, row.val_loss }
     if report then report(row.name, row.val_loss) end
   end
