@@ -10,7 +10,6 @@
 
 local moe = require "moe"
 local domains = require "moe.recipe.domains"
-local lab = require "moe.recipe.lab"
 
 local M = {
   title = "MoLA: more LoRA experts in higher layers", paper = "arXiv 2402.08562", number = 32,
@@ -68,23 +67,16 @@ function M.distances(model)
   return out
 end
 
---- Trains a base on one kind of text, then tunes it on another with each pattern. Options: patterns (a list of names), seeds,
--- steps, text. Gives { [pattern] = { val_loss = mean, losses = { one a seed }, models = { .. } } } and the base.
+--- Trains a base on one kind of text, then tunes it on another with each pattern: rows as of domains.compare, by the pattern's
+-- name, and the base. Options: patterns (a list of names), seeds, steps, lr, text, base.
 function M.run(o)
-  local base = o.base or domains.base()
-  local text, out = domains.text(o.text or "tales"), {}
-  for _, name in ipairs(o.patterns) do
-    local row = { losses = {}, models = {} }
-    for _, seed in ipairs(o.seeds) do
-      moe.manual_seed(seed)
-      local model = M.add_experts(base.fresh(), { pattern = name })
-      row.losses[#row.losses + 1] = domains.tune(model, text, { steps = o.steps, seed = seed, lr = o.lr or 0.01 }).val_loss
-      row.models[#row.models + 1] = model
-    end
-    row.val_loss, row.spread = lab.mean(row.losses)
-    out[name] = row
+  local base, cases = o.base or domains.base(), {}
+  for i, name in ipairs(o.patterns) do
+    cases[i] = { name, function(model) M.add_experts(model, { pattern = name }) end }
   end
-  return out, base
+  return domains.compare(cases, {
+    base = base, text = domains.text(o.text or "tales"), seeds = o.seeds, steps = o.steps, lr = o.lr or 0.01,
+  }), base
 end
 
 --- The five patterns on one new text: rows { pattern, loss after tuning }.
