@@ -9,8 +9,8 @@ local M = {}
 
 -- Submodules in the order of the reference page.
 M.GROUPS = {
-  "nn", "router", "experts", "routing", "loss", "inspect", "plot", "optim", "schedule", "data", "io", "model", "mixer", "recipe",
-  "repl",
+  "nn", "router", "experts", "routing", "loss", "inspect", "plot", "optim", "schedule", "data", "data.synthetic", "io", "model", "mixer",
+  "recipe", "repl",
 }
 -- Submodules that are functions themselves.
 M.CALLABLES = { "layer", "trainer", "help", "gradcheck" }
@@ -384,7 +384,11 @@ function M.entries()
     end
   end
   for _, group in ipairs(M.GROUPS) do
-    local ok, value = pcall(function() return moe[group] end)
+    local ok, value = pcall(function()
+      local at = moe
+      for part in group:gmatch "[^.]+" do at = at[part] end
+      return at
+    end)
     if ok and type(value) == "table" then
       for _ in pairs(value) do end -- loads what is loaded when it is named
       local kinds = {}

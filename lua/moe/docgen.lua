@@ -170,15 +170,23 @@ function M.stubs(entries)
   } do
     out[#out + 1] = line
   end
-  for _, group in ipairs(doc.GROUPS) do out[#out + 1] = ("---@field %s moe.%s"):format(group, group) end
+  local function fields_of(parent) -- the groups one dot below it
+    for _, group in ipairs(doc.GROUPS) do
+      local above, name = ("moe." .. group):match "^(.*)%.([^.]+)$"
+      if above == parent then out[#out + 1] = ("---@field %s moe.%s"):format(name, group) end
+    end
+  end
+  fields_of "moe"
   out[#out + 1] = "local moe = {}"
   out[#out + 1] = ""
   local declared = { Tensor = "Tensor" }
   for _, group in ipairs(doc.GROUPS) do
+    local name = group:gsub("%.", "_")
     out[#out + 1] = "---@class moe." .. group
-    out[#out + 1] = ("local %s = {}"):format(group)
+    fields_of("moe." .. group)
+    out[#out + 1] = ("local %s = {}"):format(name)
     out[#out + 1] = ""
-    declared[group] = group
+    declared[group] = name
   end
   for _, entry in ipairs(entries) do
     if entry.kind == "operation" then
