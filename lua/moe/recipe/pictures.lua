@@ -36,6 +36,26 @@ end
 --- Peak signal to noise ratio in dB, the peak being 1.
 function M.psnr(restored, clean) return -10 * math.log(moe.loss.mse(restored, clean):item(), 10) end
 
+local Restorer = nn.module "restorer"
+
+--- A network that restores patches: clean = net(x [n, size^2]), x + out(blocks(embed x)). Options: size, d_model, num_layers;
+-- make_ffn(o) makes the network of a block.
+function Restorer:init(o, make_ffn)
+  self.embed, self.out = nn.linear(o.size * o.size, o.d_model), nn.linear(o.d_model, o.size * o.size)
+  self.blocks = nn.list()
+  for _ = 1, o.num_layers do
+    self.blocks:append(moe.model.block { d_model = o.d_model, ffn = make_ffn(o), norm_bias = true })
+  end
+end
+
+function Restorer:forward(x, ctx)
+  local h = self.embed(x)
+  for _, block in ipairs(self.blocks) do h = block(h, nil, ctx) end
+  return x + self.out(h)
+end
+
+M.restorer = Restorer
+
 local D <const>, PLACES <const>, FRAMES <const>, CLASSES <const> = 32, 4, 4, 4
 
 -- --- still and moving pictures [n, frames, 8, 8] and class numbers [n] ---
@@ -127,10 +147,11 @@ end
 
 M.vit = Vit
 
---- Trains by AdamW for some steps: loss() is the loss of a fresh batch.
-function M.fit(model, steps, lr, loss)
+--- Trains by AdamW for some steps: loss() is the loss of a fresh batch. The schedule may be another one than a warm-up of 10 steps
+-- and a cosine to 0.05.
+function M.fit(model, steps, lr, loss, schedule)
   local optimizer = moe.optim.adamw(model, { lr = lr, weight_decay = 0.01 })
-  local schedule = moe.schedule.cosine { warmup = 10, steps = steps, min = 0.05 }
+  schedule = schedule or moe.schedule.cosine { warmup = 10, steps = steps, min = 0.05 }
   for step = 1, steps do
     optimizer.lr = lr * schedule(step)
     optimizer:zero_grad()
