@@ -43,46 +43,20 @@ local KINDS <const> = {
   end,
 }
 
-local Restorer = nn.module "restorer"
+--- A network that restores patches: kind ("mofme", "dense", "moe"), size, d_model, num_layers, num_experts, top_k,
+-- intermediate_size.
+function M.restorer(o) return pictures.restorer(o, KINDS[o.kind]) end
 
---- A network that restores patches: clean = net(x [n, size^2]), x + out(blocks(embed x)). Options: kind ("mofme", "dense", "moe"), size,
--- d_model, num_layers, num_experts, top_k, intermediate_size.
-function Restorer:init(o)
-  self.embed, self.out = nn.linear(o.size * o.size, o.d_model), nn.linear(o.d_model, o.size * o.size)
-  self.norms, self.blocks = nn.list(), nn.list()
-  for _ = 1, o.num_layers do
-    self.norms:append(nn.layernorm { size = o.d_model })
-    self.blocks:append(KINDS[o.kind](o))
-  end
-end
-
-function Restorer:forward(x, ctx)
-  local h = self.embed(x)
-  for i, block in ipairs(self.blocks) do
-    local z = self.norms[i](h)
-    if block.router then h = h + (block(z, ctx)) else h = h + block(z) end
-  end
-  return x + self.out(h)
-end
-
-M.restorer = Restorer
-
---- Trains a restorer on fresh patches. Options: kind, seed, steps, and those of Restorer. Gives { psnr, model, parameters }.
+--- Trains a restorer on fresh patches. Options: kind, seed, steps, lr, and those of restorer. Gives { psnr, model, parameters }.
 function M.train(given)
   local o = { size = 8, d_model = 64, num_layers = 2, num_experts = 8, top_k = 2, intermediate_size = 4, steps = 600, seed = 1, lr = 4e-3 }
   for k, v in pairs(given) do o[k] = v end
   moe.manual_seed(o.seed)
-  local model = Restorer(o)
-  local optimizer = moe.optim.adamw(model, { lr = o.lr, weight_decay = 0.01 })
-  local schedule = moe.schedule.cosine { warmup = 20, steps = o.steps, min = 0.02 }
-  for step = 1, o.steps do
+  local model = M.restorer(o)
+  pictures.fit(model, o.steps, o.lr, function()
     local clean, ctx = pictures.patches(192, o.size), {}
-    optimizer.lr = o.lr * schedule(step)
-    optimizer:zero_grad()
-    local loss = moe.loss.mse(model(pictures.corrupt(clean, o.size), ctx), clean) + moe.loss.aux(ctx)
-    loss:backward()
-    optimizer:step { clip = 1 }
-  end
+    return moe.loss.mse(model(pictures.corrupt(clean, o.size), ctx), clean) + moe.loss.aux(ctx)
+  end, moe.schedule.cosine { warmup = 20, steps = o.steps, min = 0.02 })
   moe.manual_seed(1000) -- the same patches for all
   model:eval()
   local clean = pictures.patches(3000, o.size)
