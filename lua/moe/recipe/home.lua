@@ -42,38 +42,35 @@ local Home = nn.module "home"
 --- Options: d_in, groups (lists of tasks), num_tasks, width of the experts (16), shared (2), per_group (2), own (1), and the
 -- four repairs.
 function Home:init(o)
-  local function experts(n, d)
+  local n, width, shared, own = o.num_tasks, o.width or 16, o.shared or 2, o.own or 1
+  local function experts(count, d)
     local list = {}
-    for e = 1, n do list[e] = Expert(d, o.width or 16, o) end
+    for e = 1, count do list[e] = Expert(d, width, o) end
     return list
   end
-  local n, width, groups = o.num_tasks, o.width or 16, o.groups
-  local shared, per_group, own = o.shared or 2, o.per_group or 2, o.own or 1
-  local level = { d_model = o.d_in, num_tasks = n, shared = shared, own = own, self_gate = o.self_gate }
+  local level, first = { d_model = o.d_in, num_tasks = n, shared = shared, own = own, self_gate = o.self_gate }, shared
   if o.hierarchy then
-    local visible, expert_input, gate_input = { {} }, {}, {}
-    for e = 1, shared do visible[1][e], expert_input[e] = e, 1 end
-    for g, tasks in ipairs(groups) do
-      visible[g + 1] = table.move(visible[1], 1, shared, 1, {})
-      for _ = 1, per_group do
-        expert_input[#expert_input + 1] = g + 1
-        table.insert(visible[g + 1], #expert_input)
-      end
+    local gates, gate_input, expert_input = {}, {}, {} -- gate 1 of the meta experts sees the shared ones alone
+    local function take(count, input)
+      for _ = 1, count do table.insert(expert_input, input) end
+    end
+    take(shared, 1)
+    for g, tasks in ipairs(o.groups) do
+      gates[g] = { g + 1 }
+      take(o.per_group or 2, g + 1)
       for _, t in ipairs(tasks) do gate_input[t] = g + 1 end
     end
+    first = #expert_input -- experts before the tasks' own
+    for t = 1, n do take(own, gate_input[t]) end
     self.meta = moe.multi_gate {
-      d_model = o.d_in, visible = visible, experts = experts(shared + #groups * per_group, o.d_in), self_gate = o.self_gate,
+      d_model = o.d_in, num_tasks = #o.groups + 1, shared = shared, groups = gates, per_group = o.per_group or 2,
+      experts = experts(first, o.d_in), self_gate = o.self_gate,
     }
-    for t = 1, n do
-      for _ = 1, own do expert_input[#expert_input + 1] = gate_input[t] end
-    end
-    level.d_model, level.groups, level.per_group = width, groups, per_group
-    level.expert_input, level.gate_input = expert_input, gate_input
+    level.d_model, level.groups, level.per_group = width, o.groups, o.per_group or 2
+    level.gate_input, level.expert_input = gate_input, expert_input
   end
-  local total = shared + (level.groups and #groups * per_group or 0) + n * own
-  level.experts = experts(total, level.d_model)
-  self.tasks = moe.multi_gate(level)
-  self.towers = {}
+  level.experts = experts(first + n * own, level.d_model)
+  self.tasks, self.towers = moe.multi_gate(level), {}
   for t = 1, n do self.towers[t] = nn.sequential(nn.linear(width, 8), nn.relu(), nn.linear(8, 1)) end
 end
 
@@ -84,28 +81,7 @@ function Home:forward(x)
   return moe.cat(ys, 2), routings
 end
 
-M.Home = Home
-
---- The share of zeros in what the experts gave for x: activations without a gradient.
-function M.dead(model, x)
-  local zero, all = 0, 0
-  moe.no_grad(function() return model(x) end)
-  for _, m in model:named_modules() do
-    if m._last then
-      zero, all = zero + m._last:eq(0):to("i64"):sum():item(), all + m._last:numel()
-    end
-  end
-  return zero / all
-end
-
---- Trains a model of the options on six tasks: what moe.recipe.home_tasks says of it, and dead, the share of zeros.
-function M.run(o, seed, steps)
-  moe.manual_seed(seed)
-  local model = Home(setmetatable({ d_in = ground.d_in, num_tasks = ground.num_tasks, groups = ground.groups }, { __index = o }))
-  local out, x = ground.run(model, o.own or 1, steps or 200)
-  out.dead = M.dead(model, x)
-  return out
-end
+M.model = Home
 
 M.variants = {
   mmoe = { own = 0, shared = 20, width = 20 },  -- as many parameters as HoME
@@ -114,19 +90,20 @@ M.variants = {
   home = { norm = true, hierarchy = true, feature_gate = true, self_gate = true },
 }
 
+--- Trains a model of the options on six tasks: what moe.recipe.home_tasks says of it.
+function M.run(o, seed, steps) return ground.run(Home, o, seed, steps or 200) end
+
 --- MMoE, CGC and HoME on six tasks: rows { name, value }.
 function M.demo(report)
   local rows = {}
   for _, name in ipairs { "mmoe", "cgc", "ungated", "home" } do
     local r = M.run(M.variants[name], 1)
-    rows[#rows + 1] = { name .. ": mean AUC", r.mean }
-    rows[#rows + 1] = { name .. ": share of dead activations", r.dead }
-    rows[#rows + 1] = { name .. ": weight on rare tasks' own experts", (r.own[3] + r.own[6]) / 2 }
+    table.insert(rows, { name .. ": mean AUC", r.mean })
+    table.insert(rows, { name .. ": share of dead activations", r.dead })
+    table.insert(rows, { name .. ": weight on rare tasks' own experts", (r.own[3] + r.own[6]) / 2 })
     if report then report(("%s: mean AUC %.3f"):format(name, r.mean)) end
   end
   return rows
 end
-
-function M.model(o) return Home(o) end
 
 return M

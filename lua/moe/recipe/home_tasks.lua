@@ -47,14 +47,26 @@ function M.auc(score, label)
   return (ranks - positive * (positive + 1) / 2) / (positive * (#s - positive))
 end
 
---- Trains a model (x -> logits [B, 6], routings; `tasks`: its moe.multi_gate, whose last experts are `own` of each task) on
--- 3,000 examples for so many steps of 128, by the generator as it stands, and evaluates it on 4,000 others: { auc = of each
--- task, mean, own = share of the gates' weight on the task's own experts, parameters }, and the inputs.
-function M.run(model, own, steps)
-  local seed, offset = moe.rng_state()
+-- The share of zeros in what experts last gave, where they keep it as _last: activations without a gradient.
+local function dead(model)
+  local zero, all = 0, 0
+  for _, m in model:named_modules() do
+    if m._last then
+      zero, all = zero + m._last:eq(0):to("i64"):sum():item(), all + m._last:numel()
+    end
+  end
+  return zero / all
+end
+
+--- Trains make(o), o with d_in, num_tasks and groups (a model x -> logits [B, 6], routings; `tasks`: its moe.multi_gate, whose last
+-- experts are o.own, default 1, of each task) on 3,000 examples for so many steps of 128, and evaluates it on 4,000 others: { auc =
+-- of each task, mean, own = share of the gates' weight on the task's own experts, dead = share of zeros, parameters }.
+function M.run(make, o, seed, steps)
   local x, y = M.make(3000, 1)
   local vx, vy = M.make(4000, 2)
-  moe.set_rng_state(seed, offset)
+  moe.manual_seed(seed)
+  local model = make(setmetatable({ d_in = M.d_in, num_tasks = M.num_tasks, groups = M.groups }, { __index = o }))
+  local own = o.own or 1
   local optimizer = moe.optim.adamw(model, { lr = 5e-3, weight_decay = 1e-3 })
   for _ = 1, steps do
     local at = moe.randint(1, 3000, 128)
@@ -64,7 +76,7 @@ function M.run(model, own, steps)
   end
   model:eval()
   local logits, routings = moe.no_grad(function() return model(vx) end)
-  local out = { auc = {}, mean = 0, own = {}, parameters = model:num_parameters() }
+  local out = { auc = {}, mean = 0, own = {}, parameters = model:num_parameters(), dead = dead(model) }
   local first = model.tasks.num_experts - M.num_tasks * own
   for t = 1, M.num_tasks do
     out.auc[t] = M.auc(logits:select(2, t), vy:select(2, t))
@@ -76,7 +88,7 @@ function M.run(model, own, steps)
     end
     out.own[t] = private / sum
   end
-  return out, vx
+  return out
 end
 
 return M
