@@ -93,14 +93,15 @@ local function train(o, model)
   }, model)
 end
 
---- A base: a dense language model trained on `text` (prose). Gives { model, val_loss, fresh }; fresh() is a new model of the same
--- weights, frozen. Options: d_model, num_layers, num_heads, seq_len, batch_size, steps, lr, seed.
+--- A base: a dense language model trained on `text` (prose). Gives { model, val_loss, text, fresh }; fresh() is a new model of
+-- the same weights, frozen. Options: d_model, num_layers, num_heads, seq_len, batch_size, steps, lr, seed.
 function M.base(given)
   local o = options.read("recipe.domains.base", given, SIZES)
   o.text = o.text or M.text "prose"
   moe.manual_seed(o.seed)
   local run = train(o, empty(o))
   local state = run.model:state_dict()
+  run.text = o.text
   run.fresh = function()
     local model = empty(o)
     model:load_state_dict(state)
@@ -152,6 +153,15 @@ function M.loss(model, text, ctx)
   end
   model:train(training)
   return sum / n
+end
+
+--- What the gates of a model give each expert on a text: the mean over tokens and layers, a list.
+function M.gates(model, text)
+  local batch = text.val:batches { batch_size = 8, seq_len = model.max_seq_len }()
+  local ctx, sum = {}, 0
+  moe.no_grad(model.hidden, model, batch.x, ctx)
+  for _, routing in ipairs(ctx.routings) do sum = sum + routing.probs:mean(1) / #ctx.routings end
+  return sum:totable()
 end
 
 return M
