@@ -12,10 +12,7 @@ end
 describe("recipe mixda", function()
   local base -- trained once for the file
   local function the_base()
-    if not base then
-      base = domains.base { num_layers = 2, steps = 250 }
-      base.text = domains.text "prose"
-    end
+    base = base or domains.base { num_layers = 2, steps = 250 }
     return base
   end
 
@@ -76,7 +73,7 @@ describe("recipe mixda", function()
     domains.tune(mix, domains.text "prose ledger code", { steps = 100 })
     assert.same(first:totable(), mix.layers[1].ffn.experts.up_proj:totable())
     for d, name in ipairs(names) do
-      local g = mixda.gates(mix, texts[d])
+      local g = domains.gates(mix, texts[d])
       assert.is_true(g[d] > 0.5, ("%s: gates %.2f %.2f %.2f"):format(name, g[1], g[2], g[3]))
     end
   end)

@@ -4,10 +4,10 @@
 -- Each FFN of a frozen model gets bottleneck adapters beside it, in two stages:
 --   1. one adapter a domain, by itself: FFN'(x) = FFN(x) + up act(down x), trained on the domain's text for
 --        L = cross-entropy(domain) + lambda * mean |FFN'(x) - FFN(x)|^2 over general text,    the retain loss
---   2. those are frozen: y = FFN(x) + sum over d of g_d adapter_d(x) + task(x), g = softmax(G x); the gate G and a task adapter
--- learn One adapter of zeros stands for "none". It differs from the default layer in that the experts are additions to a frozen
--- network, trained one by one on data of known domains before there is a gate. The gate here sees a token's x alone; adapters
--- sit in every layer.
+--   2. those are frozen: y = FFN(x) + sum over d of g_d adapter_d(x) + task(x), g = softmax(G x); the gate G and a task adapter learn
+-- One adapter of zeros stands for "none". It differs from the default layer in that the experts are additions to a frozen network,
+-- trained one by one on data of known domains before there is a gate. The gate here sees a token's x alone; adapters sit in every
+-- layer.
 
 local moe = require "moe"
 local domains = require "moe.recipe.domains"
@@ -19,10 +19,12 @@ local M = {
     "from 9.4 and 7.4 to 3.2 and 3.1; of three adapters the gate gives the right one 0.67 and 0.65",
 }
 
-local SIZE <const> = 16 -- of a bottleneck
-
 -- FFN'(x) = FFN(x) + adapter(x); leaves what was added in ctx.added, where the caller has put a list.
 local Tuned = moe.nn.module "mixda.ffn"
+
+function Tuned:init(ffn, d_model, width)
+  self.ffn, self.adapter = ffn, moe.experts.adapter { d_model = d_model, intermediate_size = width }
+end
 
 function Tuned:forward(x, ctx)
   local added = self.adapter(x)
@@ -32,12 +34,7 @@ end
 
 --- Stage 1: an adapter beside every FFN of a frozen model, in place. Options: intermediate_size (16).
 function M.add_adapters(model, o)
-  for _, block in ipairs(model.layers) do
-    local tuned = Tuned()
-    tuned.ffn = block.ffn
-    tuned.adapter = moe.experts.adapter { d_model = model.d_model, intermediate_size = o and o.intermediate_size or SIZE }
-    block.ffn = tuned
-  end
+  for _, block in ipairs(model.layers) do block.ffn = Tuned(block.ffn, model.d_model, o and o.intermediate_size or 16) end
   return model
 end
 
@@ -54,19 +51,16 @@ function M.learn(o)
   moe.manual_seed(o.seed or 1)
   local model, lambda = M.add_adapters(o.base.fresh()), o.lambda or 5
   local general = o.base.text.train:batches { batch_size = 8, seq_len = model.max_seq_len, random = true, seed = 7 }
-  domains.tune(model, o.text, {
-    steps = o.steps or 150, seed = o.seed, lr = o.lr or 0.02,
-    loss = function(m, batch, ctx)
-      local loss = moe.loss.cross_entropy(m(batch.x), batch.y)
-      if lambda > 0 and ctx.training then loss = loss + M.retain(m, general().x) * lambda end
-      return loss
-    end,
-  })
+  local function loss(m, batch, ctx)
+    local ce = moe.loss.cross_entropy(m(batch.x), batch.y)
+    return lambda > 0 and ctx.training and ce + M.retain(m, general().x) * lambda or ce
+  end
+  domains.tune(model, o.text, { steps = o.steps or 150, seed = o.seed, lr = o.lr or 0.02, loss = loss })
   return model
 end
 
 --- Stage 2: the adapters of several models of stage 1 side by side, frozen, under a softmax gate, with an adapter of zeros
--- ("none") as the last and a fresh task adapter beside them. Options: base, models; task = false: without the task adapter.
+-- ("none") as the last and a fresh task adapter beside them. Options: base, models.
 function M.mix(o)
   local model, E = o.base.fresh(), #o.models + 1
   for i, block in ipairs(model.layers) do
@@ -74,13 +68,11 @@ function M.mix(o)
     local layer = moe.layer {
       d_model = model.d_model, num_experts = E, router = moe.router.topk { top_k = E, norm_topk_prob = false },
       experts = moe.experts.adapter { intermediate_size = width, base = block.ffn },
-      shared = o.task ~= false and moe.experts.adapter { intermediate_size = width } or nil,
+      shared = moe.experts.adapter { intermediate_size = width },
     }
     moe.no_grad(function()
       for e, from in ipairs(o.models) do
-        for _, name in ipairs { "down_proj", "up_proj", "down_bias", "up_bias" } do
-          layer.experts[name][e]:copy_(from.layers[i].ffn.adapter[name][1])
-        end
+        for name, p in from.layers[i].ffn.adapter:named_parameters() do layer.experts[name][e]:copy_(p[1]) end
       end
     end)
     layer.experts:freeze()
@@ -89,27 +81,16 @@ function M.mix(o)
   return model
 end
 
---- What the gate gives each adapter on a text: the mean over tokens and layers, a list.
-function M.gates(model, text)
-  local batch = text.val:batches { batch_size = 8, seq_len = model.max_seq_len }()
-  local ctx, sum = {}, 0
-  moe.no_grad(model.hidden, model, batch.x, ctx)
-  for _, routing in ipairs(ctx.routings) do sum = sum + routing.probs:mean(1) / #ctx.routings end
-  return sum:totable()
-end
-
 --- Both stages on two domains, "ledger" and "code", over a base of "prose". Rows { what, number }; report(what, number) as they
 -- come.
 function M.demo(report)
-  local rows, base = {}, domains.base { num_layers = 2, steps = 250 }
-  base.text = domains.text "prose"
+  local rows, models, texts, base = {}, {}, {}, domains.base { num_layers = 2, steps = 250 }
   local function row(what, value)
     rows[#rows + 1] = { what, value }
     if report then report(what, value) end
   end
-  local names, models, texts = { "ledger", "code" }, {}, {}
   row("prose, base", domains.loss(base.model, base.text))
-  for d, name in ipairs(names) do
+  for d, name in ipairs { "ledger", "code" } do
     texts[d] = domains.text(name)
     row(name .. ", base", domains.loss(base.model, texts[d]))
     models[d] = M.learn { base = base, text = texts[d] }
@@ -119,12 +100,12 @@ function M.demo(report)
   end
   local model = M.mix { base = base, models = models }
   domains.tune(model, domains.text "prose ledger code", { steps = 100 })
-  for d, name in ipairs(names) do
+  for d, name in ipairs { "ledger", "code" } do
     row(name .. ", mixture", domains.loss(model, texts[d]))
-    row(name .. ", gate of its adapter", M.gates(model, texts[d])[d])
+    row(name .. ", gate of its adapter", domains.gates(model, texts[d])[d])
   end
   row("prose, mixture", domains.loss(model, base.text))
-  row("prose, gate of none", M.gates(model, base.text)[3])
+  row("prose, gate of none", domains.gates(model, base.text)[3])
   return rows
 end
 
