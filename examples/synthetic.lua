@@ -117,7 +117,8 @@ end
 local began, every = moe.clock(), math.max(1, o.steps // 10)
 for step, result in trainer:steps(train, o.steps) do
   if step % every == 0 then
-    print(("step %5d   loss %.4f   right %5.1f%%   %.0f s"):format(step, result.loss, 100 * accuracy(train.seq_len, 2), moe.clock() - began))
+    print(("step %5d   loss %.4f   right %5.1f%%   %.0f s"):format(step, result.loss, 100 * accuracy(train.seq_len, 2),
+      moe.clock() - began))
   end
 end
 for _, length in ipairs(tests) do print(("length %6d   right %5.1f%%"):format(length, 100 * accuracy(length, 8))) end

@@ -122,6 +122,13 @@ local function pattern(text, layers)
   return list
 end
 
+-- What a kind of mixer wants beside the width and the heads.
+local KINDS_OF_MIXERS <const> = {
+  mamba2 = function(o) return { headdim = math.max(1, 2 * o.d_model // o.heads) } end,
+  mla = function(o) return { kv_lora_rank = math.max(1, o.d_model // 4) } end,
+  mixture_of_attention = function(o) return { num_experts = o.experts, top_k = o.top_k } end,
+}
+
 local function model_options(o, vocab_size)
   local options = {
     vocab_size = vocab_size, d_model = o.d_model, num_layers = o.layers, num_heads = o.heads, max_seq_len = o.block,
@@ -129,7 +136,10 @@ local function model_options(o, vocab_size)
     positional = "rope", norm = "rmsnorm", activation = "swiglu", intermediate_size = o.hidden, dropout = o.dropout,
   }
   for _, kind in ipairs(options.layer_types) do
-    if kind == "mamba2" then options.mixers = { mamba2 = { headdim = math.max(1, 2 * o.d_model // o.heads) } } end
+    if KINDS_OF_MIXERS[kind] then
+      options.mixers = options.mixers or {}
+      options.mixers[kind] = KINDS_OF_MIXERS[kind](o)
+    end
   end
   for _, kind in ipairs(options.ffn) do
     if kind == "moe" then options.moe = { num_experts = o.experts, top_k = o.top_k } end

@@ -62,8 +62,8 @@ describe("examples", function()
   end)
 
   it("synthetic.lua trains on a task and tests at other lengths", function()
-    local text, ok = lua("examples/synthetic.lua --task induction_heads --arch mamba --seq-len 10 --test-lengths 10,20 --steps 10 --batch 4 "
-      .. "--d-model 16 --ffn none")
+    local text, ok = lua("examples/synthetic.lua --task induction_heads --arch mamba --seq-len 10 --test-lengths 10,20 --steps 10 "
+      .. "--batch 4 --d-model 16 --ffn none")
     assert.truthy(ok, text)
     assert.matches("step +10 +loss %d.*length +10 +right.*length +20 +right", text)
     text, ok = lua "examples/synthetic.lua --task mqar --num-kv-pair 3"

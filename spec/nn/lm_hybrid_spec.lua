@@ -6,7 +6,8 @@ local lm = moe.model.lm
 
 local KINDS <const> = {
   attention = {}, mamba = { d_state = 4 }, mamba2 = { d_state = 4, headdim = 8 }, retention = {}, gla = {}, delta = {}, gated_delta = {},
-  kda = {}, lightning = {}, based = { feature_dim = 2 }, rwkv7 = {},
+  kda = {}, lightning = {}, based = { feature_dim = 2 }, rwkv7 = {}, mla = { kv_lora_rank = 4 }, stick_breaking = {},
+  mixture_of_heads = { top_k = 1 },
 }
 
 local function merge(...)
