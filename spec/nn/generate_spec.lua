@@ -124,6 +124,19 @@ describe("generate", function()
     assert.equal(early, late)
   end)
 
+  it("reads a long prompt in pieces", function()
+    local m = build { layer_types = { "mamba2", "attention" }, mixers = { mamba2 = { d_state = 2, headdim = 16 } }, d_model = 8 }
+    local prompt, sizes, hidden = {}, {}, m.hidden
+    for i = 1, 4100 do prompt[i] = i * i % 11 + 1 end
+    local want = moe.no_grad(function() return m(ids_of(prompt)):select(2, -1):argmax():item() end)
+    m.hidden = function(self, ids, ...)
+      sizes[#sizes + 1] = ids:size(2)
+      return hidden(self, ids, ...)
+    end
+    assert.same({ want }, alone(m, prompt, { max_new_tokens = 1, temperature = 0 }))
+    assert.same({ 4096, 4 }, sizes)
+  end)
+
   it("takes batches as lists, lists of tensors and tensors", function()
     local m = build(MODELS.hybrid)
     local o = { max_new_tokens = 5, temperature = 0 }

@@ -155,6 +155,9 @@ local function window(model, ctx, token)
   return constant(before, after) and math.huge or limit
 end
 
+-- A long prompt is read in pieces of so many tokens: what a layer computes between two states stays small.
+local PIECE <const> = 4096
+
 -- rows of one group: { b =, own =, tokens = the last `limit` (only where there is one), seen = }.
 -- group: rows, pending (what each row is still to read, all of one length), state, windowed.
 local function group_logits(model, group, limit, ctx)
@@ -166,8 +169,12 @@ local function group_logits(model, group, limit, ctx)
       ids[i] = table.move(row.tokens, math.max(1, #row.tokens - limit + 1), #row.tokens, 1, {})
     end
   end
-  local x, after = model:hidden(moe.tensor(ids, { dtype = "i64" }), ctx, group.state)
-  group.state = after
+  ids = moe.tensor(ids, { dtype = "i64" })
+  local time, x = ids:size(2), nil
+  local step = group.windowed and time or PIECE
+  for at = 1, time, step do
+    x, group.state = model:hidden(ids:narrow(2, at, math.min(step, time - at + 1)), ctx, group.state)
+  end
   model.routings = {}
   return model:logits(x:select(2, -1))
 end
