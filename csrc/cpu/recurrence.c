@@ -1,4 +1,5 @@
-/* Linear recurrences: a task runs one head of one sequence, chunk by chunk. The arithmetic is in recurrence_real.h. */
+/* Linear recurrences: a task runs one head of one sequence, chunk by chunk. The arithmetic is in
+** recurrence_real.h and recurrence_back_real.h. */
 #include <math.h>
 #include <stdatomic.h>
 #include <string.h>
@@ -29,6 +30,8 @@ typedef struct recurrence_job {
 #define R(x) x##_f32
 #define EXP vm_exp_f32
 #define GEMM moe_gemm_f32
+#include "cpu/recurrence_chunk_real.h"
+#include "cpu/recurrence_pair_real.h"
 #include "cpu/recurrence_real.h"
 #include "cpu/recurrence_back_real.h"
 #undef REAL
@@ -44,6 +47,8 @@ typedef struct recurrence_job {
 #define R(x) x##_f64
 #define EXP vm_exp_f64
 #define GEMM moe_gemm_f64
+#include "cpu/recurrence_chunk_real.h"
+#include "cpu/recurrence_pair_real.h"
 #include "cpu/recurrence_real.h"
 #include "cpu/recurrence_back_real.h"
 

@@ -72,10 +72,12 @@ static moe_status read_lengths(moe_ctx *c, recurrence *r, moe_tensor *cu, int64_
   const int64_t *at = moe_data_i64(cu);
   int64_t n = cu->shape[0] - 1;
   if (at[0] != 0 || at[n] != time)
-    return OP_FAIL(c, "cu_seqlens must run from 0 to the %lld times of q, got %lld .. %lld", (long long)time, (long long)at[0], (long long)at[n]);
+    return OP_FAIL(c, "cu_seqlens must run from 0 to the %lld times of q, got %lld .. %lld", (long long)time, (long long)at[0],
+                   (long long)at[n]);
   for (int64_t i = 0; i < n; i++)
     if (at[i] > at[i + 1])
-      return OP_FAIL(c, "cu_seqlens must not fall: element %lld is %lld after %lld", (long long)i + 2, (long long)at[i + 1], (long long)at[i]);
+      return OP_FAIL(c, "cu_seqlens must not fall: element %lld is %lld after %lld", (long long)i + 2, (long long)at[i + 1],
+                     (long long)at[i]);
   r->f.start = at;
   r->f.sequences = n;
   return MOE_OK;
@@ -222,8 +224,8 @@ static moe_status ssd_shapes(moe_ctx *c, moe_tensor *const *t) {
   const struct {
     int i, ndim;
     const int64_t *shape;
-  } rows[] = {{DT, 3, x}, {SA, 1, x + 2}, {SB, 4, bc}, {SC, 4, bc}, {D, t[D] && t[D]->ndim == 2 ? 2 : 1, x + 2}, {Z, 4, x}, {DT_BIAS, 1, x + 2},
-              {S_INITIAL, 4, state}};
+  } rows[] = {{DT, 3, x}, {SA, 1, x + 2}, {SB, 4, bc}, {SC, 4, bc}, {D, t[D] && t[D]->ndim == 2 ? 2 : 1, x + 2}, {Z, 4, x},
+              {DT_BIAS, 1, x + 2}, {S_INITIAL, 4, state}};
   for (size_t r = 0; r < sizeof rows / sizeof *rows; r++) {
     const moe_tensor *a = t[rows[r].i];
     bool fits = a == NULL || a->ndim == rows[r].ndim;
