@@ -3,6 +3,7 @@ require "spec.helper"
 local moe = require "moe"
 local symbolic = require "moe.recipe.symbolic_moe"
 local ground = require "moe.recipe.symbolic_moe_skills"
+local pools = require "moe.recipe.symbolic_moe_pool"
 
 local profile = {
   score = { { prv = 4, srt = -2, nxt = 0, sum = 0 }, { prv = 1, srt = 5, nxt = 0, sum = 0 }, { prv = -3, srt = 1, nxt = 0, sum = 0 } },
@@ -16,7 +17,7 @@ local function untrained(n)
   local states = {}
   for m = 1, n do
     moe.manual_seed(m)
-    local model = ground.build()
+    local model = pools.build()
     moe.no_grad(function()
       for _, p in ipairs(model:parameters()) do p:mul_(6) end
     end)
@@ -39,7 +40,7 @@ describe("recipe symbolic_moe", function()
         local step = skill == "nxt" and 1 or 7
         assert.equal(q.answer, (a .. b .. c):gsub(".", function(l) return string.char((l:byte() - 97 + step) % 8 + 97) end), nil)
       end
-      assert.same({ skill }, symbolic.tag(q))
+      assert.same({ skill }, ground.tag(q))
     end
   end)
 
@@ -68,16 +69,16 @@ describe("recipe symbolic_moe", function()
   end)
 
   it("profiles models by what they get right", function()
-    local pool, questions = ground.pool(untrained(2)), ground.questions(12, 5)
-    local answers = ground.answer(pool:load(2), questions)
+    local pool, questions = pools.pool(untrained(2)), ground.questions(12, 5)
+    local answers = pool:answer(2, questions)
     for i = 1, 12, 2 do questions[i].answer = answers[i] end -- model 2 is right on every other one
     local p = symbolic.profile(pool, questions)
     local wanted, right = { prv = 0, srt = 0, nxt = 0, sum = 0 }, { 0, 0 }
     for m = 1, 2 do
-      for i, a in ipairs(ground.answer(pool:load(m), questions)) do
+      for i, a in ipairs(pool:answer(m, questions)) do
         local hit = a == questions[i].answer
         right[m] = right[m] + (hit and 1 or 0)
-        local skill = symbolic.tag(questions[i])[1]
+        local skill = ground.tag(questions[i])[1]
         if m == 2 then wanted[skill] = wanted[skill] + (hit and 1 or -1) end
       end
     end
@@ -100,8 +101,13 @@ describe("recipe symbolic_moe", function()
     local count = 0
     for _ in pairs(used) do count = count + 1 end
     local states = untrained(5)
-    local naive, grouped = ground.pool(states), ground.pool(states)
-    assert.same(symbolic.answers(naive, questions, recruits, false), symbolic.answers(grouped, questions, recruits, true))
+    local naive, grouped = pools.pool(states), pools.pool(states)
+    local wanted = {}
+    for i, list in ipairs(recruits) do
+      wanted[i] = {}
+      for j, m in ipairs(list) do wanted[i][j] = naive:answer(m, { questions[i] })[1] end
+    end
+    assert.same(wanted, grouped:answers(questions, recruits))
     assert.equal(4, count)
     assert.equal(count, grouped.loads)
     assert.equal(changes, naive.loads)
@@ -110,9 +116,9 @@ describe("recipe symbolic_moe", function()
   it("aggregates by weighted vote, or by what a model finds likely", function()
     assert.equal("b", symbolic.vote(nil, { "a", "b", "b" }, { 0.5, 0.3, 0.3 }))
     assert.equal("a", symbolic.vote(nil, { "a", "b" }, { 0.5, 0.5 }))
-    local pool, q = ground.pool(untrained(2)), { text = "srt:cab=" }
-    local own = ground.answer(pool:load(1), { q })[1]
-    local score = ground.likelihood(pool:load(1), q, { own, "abc", "123" })
+    local pool, q = pools.pool(untrained(2)), { text = "srt:cab=" }
+    local own = pool:answer(1, { q })[1]
+    local score = pool:likelihood(1, q, { own, "abc", "123" }):totable()
     local p = 0
     local logits = moe.no_grad(function() return pool.model(ground.encode { q.text .. "abc" }):log_softmax(-1) end)
     local ids = ground.encode { q.text .. "abc" }

@@ -1,8 +1,6 @@
--- The ground of the recipe symbolic_moe: questions of four skills, and tiny language models, each schooled in one of them.
+-- The ground of the recipe symbolic_moe: questions of four skills, in words and in numbers. symbolic_moe_pool has the models.
 
 local moe = require "moe"
-
-local M = { skills = { "prv", "srt", "nxt", "sum" }, answer_size = 3 }
 
 local CHARS <const> = "abcdefgh0123456789:=prvsntxum"
 local id_of, char_of = {}, {}
@@ -12,6 +10,8 @@ for c in CHARS:gmatch "." do
     id_of[c] = #char_of
   end
 end
+
+local M = { skills = { "prv", "srt", "nxt", "sum" }, answer_size = 3, vocab_size = #char_of }
 
 local function letters(list)
   local out = {}
@@ -56,6 +56,30 @@ function M.questions(n, seed, share)
   return list
 end
 
+--- The skills of a question, by keyword.
+function M.tag(question)
+  local found = {}
+  for _, skill in ipairs(M.skills) do
+    if question.text:find(skill, 1, true) then found[#found + 1] = skill end
+  end
+  return found
+end
+
+--- For each question its answer and two wrong ones, right answers to other questions of the same skills, in a changing order.
+function M.choices(questions)
+  local out = {}
+  for i, q in ipairs(questions) do
+    local list, skills = {}, table.concat(M.tag(q), " ")
+    for j = 1, #questions - 1 do
+      local other = questions[(i + j - 1) % #questions + 1]
+      if #list < 2 and other.answer ~= q.answer and table.concat(M.tag(other), " ") == skills then list[#list + 1] = other.answer end
+    end
+    table.insert(list, math.min(i % 3, #list) + 1, q.answer)
+    out[i] = list
+  end
+  return out
+end
+
 --- ids [n, length] of texts of equal length.
 function M.encode(texts)
   local rows = {}
@@ -66,89 +90,11 @@ function M.encode(texts)
   return moe.tensor(rows, { dtype = "i64" })
 end
 
---- A model without its weights yet.
-function M.build()
-  return moe.model.lm {
-    vocab_size = #char_of, d_model = 32, num_layers = 2, num_heads = 4, max_seq_len = 11, ffn_hidden = 64,
-    embedding_init = "normal(0.1)", init = "normal(0.1)",
-  }
-end
-
--- Texts with their answers -> what goes in, and targets of the answers alone (0: not judged).
-local function batch_of(list)
-  local texts, given = {}, #list[1].text
-  for i, q in ipairs(list) do texts[i] = q.text .. q.answer end
-  local ids = M.encode(texts)
-  local length = ids:size(2) - 1
-  local y = ids:narrow(2, 2, length):clone()
-  y:narrow(2, 1, given - 1):fill_(0)
-  return ids:narrow(2, 1, length), y
-end
-
---- The weights of a model that saw a share `own` (0.8) of questions of one skill and the rest of the others.
-function M.school(skill, seed, steps, own)
-  moe.manual_seed(seed)
-  own = own or 0.8
-  local model, share = M.build(), {}
-  for _, name in ipairs(M.skills) do share[name] = name == skill and own or (1 - own) / (#M.skills - 1) end
-  local optimizer = moe.optim.adamw(model, { lr = 1e-2 })
-  for step = 1, steps do
-    local x, y = batch_of(M.questions(64, seed * 10000 + step, share))
-    optimizer:zero_grad()
-    moe.loss.cross_entropy(model(x), y, { ignore_index = 0 }):backward()
-    optimizer.groups[1].lr = 1e-2 * math.min(1, step / 10, 1.1 - step / steps)
-    optimizer:step()
-  end
-  return model:state_dict()
-end
-
---- The greedy answers of a model to a list of questions, as one batch.
-function M.answer(model, questions)
-  local texts = {}
-  for i, q in ipairs(questions) do texts[i] = q.text end
-  return moe.no_grad(function()
-    local ids = M.encode(texts)
-    for _ = 1, M.answer_size do
-      local last = model(ids):narrow(2, ids:size(2), 1):argmax(-1)
-      ids = moe.cat({ ids, last }, 2)
-    end
-    local out = {}
-    for i, row in ipairs(ids:totable()) do
-      local chars = {}
-      for j = #texts[i] + 1, #row do chars[#chars + 1] = char_of[row[j]] end
-      out[i] = table.concat(chars)
-    end
-    return out
-  end)
-end
-
---- The logarithms of a model's probabilities of answers to one question.
-function M.likelihood(model, question, answers)
-  local list = {}
-  for i, a in ipairs(answers) do list[i] = { text = question.text, answer = a } end
-  return moe.no_grad(function()
-    local x, y = batch_of(list)
-    local shape = y.shape
-    local loss = moe.loss.cross_entropy(model(x):reshape { shape[1] * shape[2], -1 }, y:reshape { -1 }, {
-      ignore_index = 0, reduction = "none",
-    })
-    return (-loss:reshape(shape):sum(-1)):totable()
-  end)
-end
-
--- Models of which one is in memory at a time.
-local Pool = {}
-Pool.__index = Pool
-
---- A pool of models by their state dicts; pool.loads counts how often weights were brought in.
-function M.pool(states) return setmetatable({ states = states, model = M.build():eval(), loads = 0 }, Pool) end
-
-function Pool:load(m)
-  if self.at ~= m then
-    self.model:load_state_dict(self.states[m])
-    self.at, self.loads = m, self.loads + 1
-  end
-  return self.model
+--- The text of a list of ids from place `first` on.
+function M.decode(ids, first)
+  local chars = {}
+  for j = first, #ids do chars[#chars + 1] = char_of[ids[j]] end
+  return table.concat(chars)
 end
 
 return M
