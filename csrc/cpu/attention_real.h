@@ -12,6 +12,15 @@ static inline const REAL *R(head)(const void *p, const int64_t *stride, int64_t 
   return (const REAL *)p + b * stride[0] + h * stride[1];
 }
 
+/* Narrows the keys [*from, *to) of a block that a query sees to those between the first and the last that a mask allows:
+** where blocks of a mask are false nothing is computed. */
+static void R(narrow)(const R(block) * k, const moe_attention *a, int64_t i, int64_t *from, int64_t *to) {
+  int64_t step = a->sm[3], at = k->b * a->sm[0] + k->h * a->sm[1] + (k->q0 + i) * a->sm[2] + k->k0 * step;
+  const uint8_t *m = (const uint8_t *)a->mask + at;
+  while (*from < *to && !m[*from * step]) ++*from;
+  while (*from < *to && !m[(*to - 1) * step]) --*to;
+}
+
 /* Whether any query of the block sees any of its keys. */
 static bool R(start)(R(block) * k, const moe_attention *a, int64_t b, int64_t h, int64_t q0, int64_t rows, int64_t k0, int64_t n) {
   const int64_t *seen = seen_of(a, b, h);
@@ -23,6 +32,7 @@ static bool R(start)(R(block) * k, const moe_attention *a, int64_t b, int64_t h,
       int64_t from = 0, to = 0;
       if (i < rows) keys_of(a, seen, q0 + i, &from, &to);
       from = MOE_MAX(from - k0, 0), to = MOE_MIN(to - k0, n);
+      if (from < to && a->mask_kind == MOE_MASK_MAY_ATTEND) R(narrow)(k, a, i, &from, &to);
       if (from >= to) from = to = 0;
       else low = MOE_MIN(low, from), high = MOE_MAX(high, to);
       k->from[i] = from, k->to[i] = to;

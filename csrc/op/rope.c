@@ -85,7 +85,7 @@ static const struct scaling *read_scaling(const char *text, double *field, const
   const struct scaling *s = NULL;
   for (int i = 0; i < SCALINGS; i++)
     if (strlen(scalings[i].name) == n && memcmp(scalings[i].name, text, n) == 0) s = &scalings[i];
-  for (int i = 0; i < FIELDS; i++) field[i] = NAN;
+  for (int i = 0; i < FIELDS; i++) field[i] = (double)NAN;
   *failed = "it is none of linear, ntk, dynamic, yarn, llama3";
   if (s == NULL) return NULL;
   *failed = "it must be name(field=number, ...)";

@@ -8,9 +8,9 @@ local M = {}
 
 local function fail(text, ...) error("attention_map: " .. text:format(...), 0) end
 
--- true where query i (the last of `keys` positions being the last query) may see key j: [time, keys]
-local function causal(time, keys)
-  return core.ones({ time, keys }, { dtype = "bool" }):tril(keys - time)
+-- Distance of key j from query i, the last query standing at the last key: [time, keys]
+local function distance(time, keys)
+  return core.arange(1, keys):to "i64":reshape { 1, keys } - (core.arange(1, time):to "i64" + (keys - time)):reshape { time, 1 }
 end
 
 local function masked(scores, mask)
@@ -20,8 +20,9 @@ local function masked(scores, mask)
 end
 
 --- The weights with which moe.nn.attention attends: x [B, time, d_model] -> [B, num_heads, time, keys], rows that sum to 1:
--- softmax(Q K^T / sqrt(head_dim)), causal and ctx.attn_mask included, dropout not. With a state (of the attention, before x) the
--- keys are those of the state, then those of x; else keys = time. Costs the projection of queries and keys once more and
+-- softmax(Q K^T / sqrt(head_dim)), causal, window, ctx.attn_mask and ctx.relative included, dropout not. With a state (of the
+-- attention, before x) the keys are those of the state, then those of x; else keys = time; those of a cross attention are of
+-- ctx.memory. Costs the projection of queries and keys once more and
 -- B x num_heads x time x keys numbers; differentiable.
 function M.weights(attention, x, state, ctx)
   if not (type(attention) == "userdata" and low.is(attention) and attention.num_heads and attention["qkv_proj.weight"]) then
@@ -34,21 +35,36 @@ function M.weights(attention, x, state, ctx)
   local kv = attention.num_kv_heads or heads
   local w, b = attention["qkv_proj.weight"], attention["qkv_proj.bias"]
   local dim = w:size(1) // (heads + 2 * kv)
-  local rows = (heads + kv) * dim -- queries and keys come first
-  local qk = x:linear(w:narrow(1, 1, rows), b and b:narrow(1, 1, rows)):reshape { batch, time, heads + kv, dim }:transpose(2, 3)
-  local q, k = qk:narrow(2, 1, heads), qk:narrow(2, heads + 1, kv)
-  if attention["q_norm.weight"] then
-    q, k = q:rms_norm(attention["q_norm.weight"]), k:rms_norm(attention["k_norm.weight"])
+  local function project(t, first, n) -- heads first .. of the fused projection
+    local rows = b and b:narrow(1, (first - 1) * dim + 1, n * dim)
+    local y = t:linear(w:narrow(1, (first - 1) * dim + 1, n * dim), rows)
+    return y:reshape { batch, t:size(2), n, dim }:transpose(2, 3)
   end
-  local past = state and state.k and state.k:size(3) or 0
+  local past, cross = state and state.k and state.k:size(3) or 0, attention.cross
+  local memory = cross and past == 0 and ctx and ctx.memory
+  if cross and past == 0 and not core.is_tensor(memory) then fail "a cross attention wants memory in its context" end
+  local q, k = project(x, 1, heads), nil
+  if not cross or memory then k = project(memory or x, heads + 1, kv) end
+  if attention["q_norm.weight"] then
+    q, k = q:rms_norm(attention["q_norm.weight"]), k and k:rms_norm(attention["k_norm.weight"])
+  end
   if attention.rope then
-    local o = { offset = past, base = attention.rope_base }
+    local o = { offset = past, base = attention.rope_base, scaling = attention.rope_scaling }
     q, k = q:rope(o), k:rope(o)
   end
-  if past > 0 then k = core.cat({ state.k, k }, 3) end
+  if past > 0 then k = k and core.cat({ state.k, k }, 3) or state.k end
+  local keys = k:size(3)
   if kv < heads then k = k:repeat_interleave(heads // kv, 2) end
   local scores = q:matmul(k:transpose(3, 4)) / math.sqrt(dim)
-  if attention.causal then scores = masked(scores, causal(time, past + time)) end
+  local window, far = attention.window, distance(time, keys)
+  local relative = not cross and ctx and ctx.relative
+  if relative then
+    local n = (relative:size(-1) + 1) // 2
+    local place = (far + n):clamp(1, 2 * n - 1):reshape(-1)
+    scores = scores + relative:index_select(-1, place):reshape { -1, time, keys }
+  end
+  if attention.causal and not cross then scores = masked(scores, far:le(0)) end
+  if window then scores = masked(scores, far:abs():lt(window)) end
   return masked(scores, ctx and ctx.attn_mask):softmax(-1)
 end
 

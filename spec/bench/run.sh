@@ -120,6 +120,30 @@ bench_moe_layer() {
   done
 }
 
+bench_attention() {
+  local sizes="8 256 384 6" threads commands
+  for threads in 1 2; do
+    commands=("MOE_THREADS=$threads exec $LUA spec/bench/attention.lua $sizes")
+    [ -n "$python" ] && commands+=("MOE_THREADS=$threads OMP_NUM_THREADS=$threads exec $python spec/bench/attention_torch.py $sizes")
+    in_turns 12 4 "${commands[@]}"
+    set -- $threads $sizes ${answer[0]} ${answer[1]:-- - - - -}
+    awk -v n="$1" -v b="$2" -v t="$3" -v w="$4" -v h="$5" -v both="$6" -v fwd="$7" -v cboth="$8" -v cfwd="$9" -v blas="${10}" \
+      -v tboth="${11}" -v tfwd="${12}" -v tcboth="${13}" -v tcfwd="${14}" -v tblas="${15}" '
+      BEGIN {
+        work = 7 * b * t * (t + 1) * w / 1e6 # seven products of the triangle with its diagonal, a multiplication and an addition each
+        printf "causal attention (batch %d, time %d, width %d, heads %d), least of 192, threads %d\n", b, t, w, h, n
+        printf "  forward + backward  ours %.2f ms, processor %.2f ms, %.1f %% of sgemm at 1024 (%.0f GFLOP/s)\n", both, cboth, 100 * work / both / blas, blas
+        printf "  forward             ours %.2f ms, processor %.2f ms\n", fwd, cfwd
+        if (tboth + 0 > 0) {
+          printf "  torch               forward + backward %.2f ms, processor %.2f ms; forward %.2f, %.2f ms (its product: %.0f GFLOP/s)\n", tboth, tcboth, tfwd, tcfwd, tblas
+          printf "  torch / ours        forward + backward %.2f, processor %.2f; forward %.2f, %.2f\n", tboth / both, tcboth / cboth, tfwd / fwd, tcfwd / cfwd
+        }
+      }'
+  done
+  echo "its peak memory by length, forward + backward, one head of 64, window 1024, above the inputs"
+  "$LUA" spec/bench/attention.lua memory
+}
+
 bench_makemoe() {
   echo "makeMoE's setting, 5000 steps"
   "$LUA" spec/bench/makemoe.lua "$data/tinyshakespeare.txt"

@@ -39,6 +39,22 @@ describe("moe.mixer.attention_weights", function()
     end
   end)
 
+  it("know windows, terms by distance and a memory", function()
+    local a = attention { window = 2, rope = true, rope_scaling = "linear(factor=2)" }
+    local x, ctx = rand(2, 5, 16), { relative = rand(4, 5) }
+    assert.close(a(x, nil, ctx), apply(a, x, moe.mixer.attention_weights(a, x, nil, ctx)), { rtol = 1e-9, atol = 1e-11 })
+    local cross = attention { cross = true }
+    local own = attention { causal = false }
+    own:load_state_dict(cross:state_dict())
+    assert.close(moe.mixer.attention_weights(own, x), moe.mixer.attention_weights(cross, x, nil, { memory = x }), { rtol = 1e-12 })
+    local memory = rand(2, 3, 16)
+    local map = moe.mixer.attention_weights(cross, x, nil, { memory = memory })
+    assert.same({ 2, 4, 5, 3 }, map.shape)
+    local _, state = cross(x, cross:state(2), { memory = memory })
+    assert.close(map, moe.mixer.attention_weights(cross, x, state), { rtol = 1e-12 })
+    assert.error_matches(function() moe.mixer.attention_weights(cross, x) end, "wants memory")
+  end)
+
   it("of a continued sequence are the later rows of the whole", function()
     for _, o in ipairs(CASES) do
       if o.causal ~= false then

@@ -129,7 +129,8 @@ describe("rope", function()
       ["yern(factor=2)"] = "it is none of linear, ntk, dynamic, yarn, llama3", ["linear"] = "it must be name(field=number, ...)",
       ["linear(factor=2"] = "it must be name(field=number, ...)", ["linear(factor=)"] = "it must be name(field=number, ...)",
       ["linear(beta_fast=2)"] = "it has a field that is not known to it", ["linear()"] = "factor must be given, and be at least 1",
-      ["linear(factor=0.5)"] = "factor must be given, and be at least 1", ["linear(factor=nan)"] = "factor must be given, and be at least 1",
+      ["linear(factor=0.5)"] = "factor must be given, and be at least 1",
+      ["linear(factor=nan)"] = "factor must be given, and be at least 1",
       ["dynamic(factor=2)"] = "original_max_position_embeddings must be given, and be positive",
     } do
       local message = helper.error_of(moe.rope, moe.zeros(2, 4), { scaling = text })

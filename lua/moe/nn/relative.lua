@@ -115,7 +115,7 @@ end
 -- moe.nn.relative.gaussian{ num_heads, components = 1, width = 8 }. Li and Zhang 2023 (arXiv 2309.05375).
 local Gaussian = class("gaussian", { components = { "integer", 1 }, width = { "number", 8 } })
 function Gaussian:start(o)
-  if o.components < 1 or not (o.width > 0) then
+  if o.components < 1 or o.width <= 0 or o.width ~= o.width then
     error(("relative.gaussian: components = %d and width = %g must be positive"):format(o.components, o.width), 4)
   end
   self.log_a = nn.parameter(core.full({ o.num_heads, o.components }, -math.log(o.components)), { decay = false })
@@ -123,8 +123,7 @@ function Gaussian:start(o)
   self.log_s = nn.parameter(s:expand { o.num_heads, o.components }:clone(), { decay = false })
 end
 function Gaussian:of(distance)
-  local o, shape = self._options, { self._options.num_heads, self._options.components }
-  for i = 1, #distance.shape do shape[i + 2] = 1 end
+  local o = self._options
   local square = distance:to(self.log_s.dtype):square():unsqueeze(1)
   local each = {}
   for k = 1, o.components do
