@@ -57,7 +57,8 @@ static void R(products)(const R(block) * k, REAL *p, const REAL *x, int64_t ldx,
 /* Adds the masks; columns of the row's panels that it does not see are -infinity. */
 static void R(mask_row)(const R(block) * k, const moe_attention *a, int64_t i, REAL *restrict p, int64_t begin, int64_t end) {
   int64_t from = k->from[i], to = k->to[i], query = k->q0 + i;
-  if (a->mask_kind != MOE_MASK_NONE) {
+  bool some = from < to; /* rows beyond the last query have none */
+  if (some && a->mask_kind != MOE_MASK_NONE) {
     int64_t step = a->sm[3], at = k->b * a->sm[0] + k->h * a->sm[1] + query * a->sm[2] + k->k0 * step;
     if (a->mask_kind == MOE_MASK_MAY_ATTEND) {
       const uint8_t *restrict m = (const uint8_t *)a->mask + at;
@@ -67,7 +68,7 @@ static void R(mask_row)(const R(block) * k, const moe_attention *a, int64_t i, R
       for (int64_t c = from; c < to; c++) p[c] += m[c * step];
     }
   }
-  if (a->relative) {
+  if (some && a->relative) {
     const REAL *restrict w = (const REAL *)a->relative + k->h * a->srelative;
     int64_t zero = a->reach - 1 + k->k0 - a->span[query].at, last = 2 * a->reach - 2; /* column c: entry zero + c */
     int64_t low = MOE_MIN(MOE_MAX(from, -zero), to), high = MOE_MAX(MOE_MIN(to, last + 1 - zero), low);
