@@ -39,4 +39,15 @@ describe("README.md", function()
       chunk()
     end)
   end
+
+  it("has the gallery as the recipes tell it", function()
+    local pipe = assert(io.popen(("LUA_PATH='%s' LUA_CPATH='%s' lua5.4 examples/recipes.lua markdown"):format(package.path, package.cpath)))
+    local wanted = pipe:read "a"
+    pipe:close()
+    local file = assert(io.open "README.md")
+    local text = file:read "a"
+    file:close()
+    local got = text:match "<!%-%- gallery: [^\n]*%-%->\n(.-)<!%-%- end of gallery %-%->"
+    assert.equal(wanted, got)
+  end)
 end)

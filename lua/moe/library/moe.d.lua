@@ -30,12 +30,15 @@ local Tensor = {}
 ---@field experts moe.experts
 ---@field routing moe.routing
 ---@field loss moe.loss
+---@field inspect moe.inspect
+---@field plot moe.plot
 ---@field optim moe.optim
 ---@field schedule moe.schedule
 ---@field data moe.data
 ---@field io moe.io
 ---@field model moe.model
 ---@field mixer moe.mixer
+---@field recipe moe.recipe
 ---@field repl moe.repl
 local moe = {}
 
@@ -54,6 +57,12 @@ local routing = {}
 ---@class moe.loss
 local loss = {}
 
+---@class moe.inspect
+local inspect = {}
+
+---@class moe.plot
+local plot = {}
+
 ---@class moe.optim
 local optim = {}
 
@@ -61,7 +70,11 @@ local optim = {}
 local schedule = {}
 
 ---@class moe.data
+---@field synthetic moe.data.synthetic
 local data = {}
+
+---@class moe.data.synthetic
+local data_synthetic = {}
 
 ---@class moe.io
 local io = {}
@@ -71,6 +84,9 @@ local model = {}
 
 ---@class moe.mixer
 local mixer = {}
+
+---@class moe.recipe
+local recipe = {}
 
 ---@class moe.repl
 local repl = {}
@@ -2811,15 +2827,21 @@ function moe.tensor(data, options) end
 function moe.threads(n) end
 
 ---Called once an optimizer step (the trainer does): controllers move what they control.
-function moe.after_step() end
+function moe.after_step(ctx) end
+
+---n further experts after those there are, freshly initialised, with rows of the router. The former ones become a frozen bank of their own (moe.experts.join) with freeze = true, so that training moves the new experts and the router alone; otherwise all are one bank. Make the optimizer afterwards. Returns the layer. (Shen et al. 2023, arXiv 2306.04640: new modules for new languages.)
+function moe.extend(layer, n, given) end
 
 ---x [.., d_model] -> y [.., d_model], routing.
 function moe.forward(x, ctx) end
 
+---Only the experts of `keep` (a list of numbers, ascending) stay, under new numbers 1 .. #keep, with their weights and their rows of the router; a token that had chosen others takes the best of these. A router's top_k above #keep falls to it. Parameters are new tensors: make the optimizer afterwards. Returns the layer. (Modules that a domain does not use, Shen et al. 2023, arXiv 2306.04640.)
+function moe.prune(layer, keep) end
+
 ---What the layer did since the last reset: load (a list of assignments per expert), entropy, max_over_mean, dead (idle experts), tokens, assignments, dropped, masked, forwards. stats{ reset = true } starts anew. A layer of more than 65536 experts keeps no load.
 function moe.stats(given) end
 
----moe.layer: a sparse layer, router -> routing -> experts. local layer = moe.layer{ d_model = 256, num_experts = 16, router = moe.router.topk{ top_k = 2 }, experts = moe.experts.swiglu{ intermediate_size = 512 }, balance = { moe.loss.switch(0.01) } } local y, routing = layer(x)            -- x: [.., d_model] (loss + routing:aux()):backward() Options: d_model, num_experts; router (a description, a module, or a function (x, ctx) -> routing; two experts a token by softmax when absent), experts (a bank, or a function (x, routing, ctx) -> y), shared (a bank that sees every token) and shared_combine: "add", "gate" (times sigmoid of a projection), "average" (over k + 1) or "residual" (a learned mixture of the two); balance: losses and controllers, see moe.balance; bias_update_rate: balance by the selection bias; capacity_factor, eval_capacity_factor, min_capacity: at most factor x assignments / experts an expert (dropless when absent); drop_policy: "probs", "position", "random", or a function (routing, ctx) -> priorities [A]; force: "uniform", a recorded routing.index, or a function (x, ctx) -> index. `layer.force` can be set later. layer(x, ctx): what the caller puts into ctx (step, token ids, mask, ...) reaches routers, losses and experts. The layer adds shape (x's leading sizes) and layer (itself), and leaves in the caller's table `routing`, its own, and `routings`, those of all layers so far: moe.loss.aux(ctx) adds up their losses. A fresh ctx for each forward.
+---moe.layer: a sparse layer, router -> routing -> experts. local layer = moe.layer{ d_model = 256, num_experts = 16, router = moe.router.topk{ top_k = 2 }, experts = moe.experts.swiglu{ intermediate_size = 512 }, balance = { moe.loss.switch(0.01) } } local y, routing = layer(x)            -- x: [.., d_model] (loss + routing:aux()):backward() Options: d_model, num_experts; router (a description, a module, or a function (x, ctx) -> routing; two experts a token by softmax when absent), experts (a bank, or a function (x, routing, ctx) -> y), shared (a bank that sees every token) and shared_combine: "add", "gate" (times sigmoid of a projection), "average" (over k + 1) or "residual" (a learned mixture of the two); balance: losses and controllers, see moe.balance; bias_update_rate: balance by the selection bias; capacity_factor, eval_capacity_factor, min_capacity: at most factor x assignments / experts an expert (dropless when absent); drop_policy: "probs", "position", "random", or a function (routing, ctx) -> priorities [A]; force: "uniform", a recorded routing.index, or a function (x, ctx) -> index. `layer.force` can be set later. layer(x, ctx): what the caller puts into ctx (step, token ids, mask, ...) reaches routers, losses and experts. The layer adds shape (x's leading sizes), x (as [T, d_model]) and layer (itself), and leaves in the caller's table `routing`, its own, and `routings`, those of all layers so far: moe.loss.aux(ctx) adds up their losses. A fresh ctx for each forward.
 function moe.layer(...) end
 
 ---The trainer: moe.trainer{ model =, optimizer =, loss =, ... }. The loop is C (csrc/train/trainer.c); here is what it calls. local trainer = moe.trainer{ model = model, optimizer = moe.optim.adamw{ lr = 1e-3 }, loss = function(model, batch, ctx) return moe.loss.cross_entropy(model(batch.x, ctx), batch.y) end, schedule = moe.schedule.cosine{ warmup = 100, steps = 2000, min = 0.1 }, clip = 1.0, checkpoint = { dir = "run", every = 500, keep = 3 }, } trainer:resume()                                   -- goes on where checkpoints in "run" ended, if there are any trainer:fit(train, { steps = 2000, eval = { every = 250, with = val, steps = 50 } }) for step, m in trainer:steps(train, 2000) do print(step, m.loss) end     -- the loop body is yours A batch is anything that the loss understands. `train` is a loader of moe.data, a list of batches, or a function that returns the next batch. Loaders and lists begin anew at their end; a function that returns nil ends the training. Steps count from 1 over the whole training, resumed parts included: { steps = 2000 } ends at step 2000. ctx has step, training and the values of `schedules` by name. A loss may return a second value, a table of numbers, which joins the metrics. After each step, modules with a method after_step(self, ctx) have it called.
@@ -2846,6 +2868,15 @@ function nn.module(name, base) end
 ---Marks a tensor as a parameter and returns it: a leaf that wants a gradient. {decay = false} keeps it out of weight decay.
 function nn.parameter(t, options) end
 
+---A table { rope_type = "linear" | "ntk" | "dynamic" | "yarn" | "llama3", factor =, original_max_position_embeddings =, ... } as the text that moe.rope and moe.nn.attention take (`scaling`, `rope_scaling`); nil and "default" give nil, a text itself. The second result is a factor of the scores: (0.1 mscale_all_dim log factor + 1)^2 for yarn with mscale_all_dim, as DeepSeek's latent attention has it, else 1. yarn: Peng et al. 2023 (arXiv 2309.00071, section 3).
+function nn.rope_scaling(given) end
+
+---(x - mean) / sqrt(var + eps) * weight + bias, mean and variance over all but the last dimension: x [.., size], weight and bias [size]. In training those of the batch (variance: divided by n), which also move the buffers running_mean and running_var by `momentum` (variance: divided by n - 1), once a forward; in evaluation the buffers. Options: size, eps (1e-5), momentum (0.1). A batch of one row cannot be normalised in training: an error. Ioffe and Szegedy 2015 (arXiv 1502.03167).
+function nn.batchnorm(...) end
+
+---Modules by modality: rows of x with id m go through modules[m], y_t = f_{m(t)}(x_t), and id 0 gives zeros. y, routing = by_modality{ f1, f2, .. }(x [.., d], ctx); the ids are ctx.modality_ids, one for each token, or one for each sequence: [batch]. `by`, the second argument's option, names another field of ctx (task_ids, ..). Modules see rows [n, d] (norms, linear layers, feed-forward networks, sparse layers) and, those written in Lua, ctx with its fields [batch, time, ..] cut to their rows; one without rows is not called. copy_from(module) starts every modality from a trained one. Liang et al. 2024, Mixture-of-Transformers (arXiv 2411.04996).
+function nn.by_modality(modules, given) end
+
 ---dict{name = part, ...}: parts by name.
 function nn.dict(parts) end
 
@@ -2870,6 +2901,33 @@ function nn.list(...) end
 ---the operation log_softmax as a module: x - logsumexp(x) along dim
 function nn.log_softmax(...) end
 
+---Blocks as experts: each token (per = "token") or each sequence ("sequence") goes through the whole modules that a router chose for it, y = sum_i g_i block_i(x); with `residual` (blocks whose result contains their input) y = x + sum_i g_i (block_i(x) - x). A block gets the chosen tokens of each sequence as a shorter one, in their order: attention inside is among them; or whole sequences. One that nobody chose is not called. y, state (none), routing = m(x [batch, time, d_model], nil, ctx), so that it can stand for a layer of a model; a moe.layer: its methods, losses, force and statistics. Fields of ctx that are [batch, time, ..] (or [batch, ..]) follow. A block is called as block(x) or block(x, nil, ctx). Options: blocks (a list), d_model, per ("token"), router, top_k (1), residual (true), pool: what the router of sequences sees, "mean" over time (it looks ahead in causal models), "first", or a function (x, ctx) -> [batch, d_model]; balance, force, bias_update_rate. Parameters router.*, experts.1.*, experts.2.* ..
+function nn.mixture_of_blocks(...) end
+
+---Mixture of depths: of each sequence the `capacity` share of tokens with the largest scores r_t = w . x_t goes through the block, among themselves and in their order; the others skip it: y_t = x_t + g(r_t) (block(x)_t - x_t) for the chosen, y_t = x_t else. With capacity = 1 and weight = "none" it is the block. y, state, routing = m(x [batch, time, d_model] [, state, ctx]); the routing is over one expert, the block. ctx.mask: masked tokens are never chosen; fields of ctx that are [batch, time, ..] follow the tokens; the block is called as block(x [, state, ctx]) and may get ctx.cu_seqlens where sequences kept different numbers. An empty choice calls nothing. Which tokens are largest is known only when the sequence is whole. `sampling`, outside of training: "router": those with r_t > 0, where an auxiliary cross entropy has taught r to tell the chosen; "predictor": a small network on x (no gradient into x) decides in its place, y the same; "threshold": r_t above the running mean of the least chosen score; "topk": as in training. A state (m:state(batch): one of the block's for each sequence) needs no other rule. Options: block, d_model, capacity (0.125; m.capacity may be set later), weight: g as "score" (r), "sigmoid", "tanh" or "none"; residual (true: the block's result contains its input); sampling ("router"), aux (0.01, the coefficient), momentum (0.99, of the threshold), init. Parameters router.weight [1, d], block.*, predictor.*. Raposo et al. 2024 (arXiv 2404.02258, eq. 1, section 3.5).
+function nn.mixture_of_depths(...) end
+
+---One layer of a Mixture-of-Transformers: norms, projections and feed-forward networks by each token's modality, attention over all of them: x + attention(norm1(x)), then that + ffn(norm2(.)). y, state = m(x [batch, time, d_model], state, ctx) with ctx.modality_ids; it stands for a layer of moe.model.lm. The work per token is that of one dense layer. Options: those of modality_attention, norm, activation and intermediate_size (4 d_model) of the networks, or ffn, a function (modality) -> module. With tied weights it is the dense layer. Liang et al. 2024 (arXiv 2411.04996).
+function nn.modality_block(given) end
+
+---Hashed n-gram memory (Engram). The ids of a token and the ones before it, made canonical, are hashed as 2-grams .. max_ngram-grams by `heads` hashes each (moe.ngram_hash) into tables of prime sizes from table_size on; the rows join to e_t. The hidden state gates what they say: k = W_K e, v = W_V e, a = sigmoid(rms(h) . rms(k) / sqrt(d_model)), u = a v, and y = u + silu(conv(rms(u))), conv causal, depthwise, of kernel_size taps max_ngram apart, at the start 0. y [batch, time, d_model] = memory(h, ctx) with ctx.token_ids [batch, time]; add it to h. The rows depend on ids alone: memory:fetch(ids) reads them ahead of the model's work, and ctx.ngram_rows = { [memory] = that } is then used in their place. A step updates the rows that it read. Whole sequences from their start: there is no state for decoding in pieces. Options: d_model, vocab_size, table_size (65537, rows of a hash), heads (4), max_ngram (3), embed_dim (of a row, 16), kernel_size (4), canonical: a list [vocab_size] of the id that stands for each (upper and lower case, say), seed (1; another for each layer). Parameters tables [rows, embed_dim], key_proj.*, value_proj.*, norms, conv [d_model, kernel_size]. Cheng et al. 2026 (arXiv 2601.07372, section 2).
+function nn.ngram_memory(...) end
+
+---Parameter-efficient expert retrieval: expert s is a network of one hidden unit, e_s(x) = act(u_s . x) v_s, and y = sum over heads and their top_k experts of g_s e_s(x), g the softmax of a head's chosen scores. x [.., d_model] -> [.., d_model]. Experts are chosen as by moe.nn.product_keys out of num_keys^2; a step reads and updates the chosen ones alone. Parameters down_embed (u), up_embed (v) [num_keys^2, value_dim]. Options: those of moe.nn.product_key_memory and act ("gelu", "relu", "relu2", "silu", "identity"); a value_dim other than d_model puts in_proj before u and out_proj after v: values expanded by one projection, as in UltraMemV2 (arXiv 2508.18756). He 2024 (arXiv 2407.04153, section 2).
+function nn.peer(...) end
+
+---PolyNorm: y = a_0 + sum_i a_i x^i / rms(x^i), i = 1 .. order, rms over the last dimension, as in moe.poly_norm; parameter `coefficients` [order + 1] as in poly_relu. Options: order (3), eps (1e-6). x [.., n] -> [.., n]. Zhuo et al. 2024 (arXiv 2411.03884, eq. 4; the root mean square in place of the norm there, as its authors compute it).
+function nn.poly_norm(...) end
+
+---PolyReLU: y = sum_i a_i max(x, 0)^i, i = 0 .. order, as in moe.poly_relu; parameter `coefficients` [order + 1], at the start 0 and then 1 / order each. Options: order (3), also as the one argument. x [.., n] -> [.., n]. Zhuo et al. 2024 (arXiv 2411.03884, eq. 3; cubic, with these first values, in its experiments).
+function nn.poly_relu(...) end
+
+---Product-key memory: y = sum over heads and their top_k slots of g_s v_s, g the softmax of a head's chosen scores, v rows of values [num_keys^2, value_dim]. x [.., d_model] -> [.., d_model]. Slots are chosen as by moe.nn.product_keys; a step reads and updates the chosen rows alone (their gradient is row-sparse), so that a memory of a million entries costs about what a small one does. Options: d_model, num_keys (of each half), top_k (32), heads (4), key_dim, query_norm ("batch"), rank (1), value_dim (d_model; another size adds out_proj [d_model, value_dim]), score ("softmax", "sigmoid", "relu" or "identity" of the chosen scores). memory:choice(x) -> index, weight [T, heads top_k]. Lample et al. 2019 (arXiv 1907.05242, eq. 1-3).
+function nn.product_key_memory(...) end
+
+---Chooses top_k of num_keys^2 slots for each head of a token, and never makes an array of them all: with queries q of two halves and keys K, K' [num_keys, key_dim / 2] for each half and head, slot (i, j) scores q_1 . K_i + q_2 . K'_j, and the best slots are among the best top_k of each half (moe.product_key_topk). score [T, heads, top_k], index [T, heads, top_k] = keys(x [T, d_model]); slot (i, j) has the number (i - 1) num_keys + j. The choice is made by the products of all keys; the gradient is that of the chosen scores, and costs nothing for the other keys. Options: query_norm of q: "batch" (as in the paper), "layer" (each head by itself) or "none"; key_dim (of q of one head, even; d_model / 2); query_bias. Lample et al. 2019 (arXiv 1907.05242, section 3.1-3.2). rank r > 1: scores s_i^T C s'_j with r keys for each half, s_i = (q_1 . K_ai)_a, and a learned core C [r, r] (Tucker's decomposition): rows and columns are filtered by C's leading singular vectors u, v, the top_k largest of |u . s_i| and of |v . s'_j| (without the bars half of the best slots are missed: two negative factors make a good product), and the top_k^2 pairs of these get their whole score. keys:core_loss() is what keeps C near rank 1, so that the filter finds what is best: the mean over the other singular values of max(0, sigma - margin)^2. UltraMem (arXiv 2411.12364, section 3.2). Parameters query.*, norm.*, keys [2, rank, heads, num_keys, key_dim / 2], core [rank, rank].
+function nn.product_keys(...) end
+
 ---the operation relu as a module: max(x, 0); NaN stays; slope 0 at 0
 function nn.relu(options) end
 
@@ -2888,6 +2946,9 @@ function nn.sigmoid(options) end
 ---the operation silu as a module: x sigmoid(x), also called swish
 function nn.silu(options) end
 
+---A linear layer sliced into groups of columns or rows, of which a routing over the groups says which work for a token; the products are over those alone. side = "in": y = sum over a token's groups of g_g W[:, group g] x[group g], from in_features sliced to all out_features; side = "out": y[group g] = g_g W[group g, :] x, zeros in groups that are not the token's. y = m(x [T, in_features], routing over num_groups) -> [T, out_features]. Options: in_features, out_features, num_groups, side ("in"), weighted (false: g = 1), init. Parameter weight: [groups, out, in / groups], or [groups, out / groups, in]. copy_from(linear) takes a dense layer's; with every group on it is that layer. Chen et al. 2024, MoHD (arXiv 2412.05644).
+function nn.sliced_linear(...) end
+
 ---the operation softmax as a module: exp(x) / sum exp(x) along dim
 function nn.softmax(...) end
 
@@ -2900,23 +2961,125 @@ function nn.tanh(options) end
 ---The choice "token t takes experts t k + 1, t k + 2, ..." modulo num_experts, as [T, k]: an even load, for experiments.
 function router.uniform_choice(tokens, top_k, num_experts) end
 
----The k best experts of each token. Steps, each an option: `score` of the logits (softmax, sigmoid, sqrtsoftplus, relu; `score_after`: of the chosen alone) -> + `selection_bias` -> `n_group` groups, of which `topk_group` stay, judged by the sum of their `group_top` best -> choose `top_k` -> their unbiased scores -> `norm_topk_prob` (default: for k > 1) -> `routed_scaling_factor`. Also: `bias` of the projection, `noise` ("learned" or a number) added to the logits in training (`noise_in_eval`: always), `jitter` (x times 1 +- jitter in training), `init`. Shazeer et al. 2017 (arXiv 1701.06538); the order of steps is that of DeepSeek-V3 (arXiv 2412.19437).
-function router.topk(...) end
+---Choices that even out the load, so that no loss has to. logits = W x [T, E]; in training tokens are chosen together, in evaluation each takes its own top_k best. The weight of a choice is its score, sigmoid(logit) or softmax(logits) (`score`), which knows nothing of the balance; `norm_topk_prob` divides by their sum. method = "sinkhorn": the top_k largest of logits / temperature + price, where price [E] makes the columns of softmax(logits / temperature + price) sum to T / E: the entropy-regularised assignment, iterated at most `iterations` times, until shares are even to within `tolerance`. A lower `temperature` evens out the choices themselves better. Clark et al. 2022, S-BASE (arXiv 2202.01169, section 3.2). method = "assignment": the exact one: each expert gets T top_k / E tokens (to within one), the sum of the chosen logits being the largest possible. Lewis et al. 2021, BASE layers (arXiv 2103.16716, eq. 2-3). Finite logits only: ctx.expert_mask is an error in training. Options: method, top_k (1), score ("sigmoid"), norm_topk_prob (false), temperature (1), iterations (20), tolerance (1e-3), and those of a projection: bias, init, noise, jitter. ctx.choice forces the experts, ctx.mask leaves tokens out.
+function router.balanced(...) end
+
+---Routing by an id that the caller knows: `key` names the field of ctx that holds it ("task_ids", "modality_ids", "domain_ids", "token_ids", or one of one's own), ids from 1, one a token, one a sequence (ctx.shape tells), or a number for all. With `table`: id -> expert, fixed: a list of experts and lists of experts, { 1, { 2, 3 }, 1 }, or a tensor [n] or [n, k], 0 for none; each of a token's experts has an equal weight. Gururangan et al. 2021, DEMix (arXiv 2108.05036) route so by domain, VLMo (Bao et al. 2021, arXiv 2111.02358) by modality. Without, a learned embedding of gates: logits = weight[id] of `weight` [num_ids, E], then all options of topk (score, top_k, norm_topk_prob ..); Kudugunta et al. 2021 (arXiv 2110.03742) route so by task. Options: key ("task_ids"), table or num_ids. ctx.choice forces the experts, ctx.mask leaves tokens out.
+function router.by_id(given) end
+
+---topk with logits by cosines: s_e = <P x, v_e> / (|P x| |v_e|) / t, with a projection P to `proj_dim` (256) dimensions, a vector v_e an expert and a learned temperature t = exp(-a) >= `min_temperature` (0.01), a starting at log(1 / `temperature`) (0.5). Bounded logits keep tokens from collapsing onto the experts' directions. All options of topk but the learned noise. Parameters proj [proj_dim, d], proj_bias (with bias), weight [E, proj_dim], log_scale a [1]. Chi et al. 2022, X-MoE (arXiv 2204.09179, eq. 5-7); sizes and the bound are Tutel's.
+function router.cosine(given) end
+
+---Gumbel softmax with a temperature; experts under a bound are dropped: P = softmax((W x + n) / t), n ~ Gumbel(0, 1) in training (without it elsewhere), g_e = P_e where P_e > c, else 0; at least `min_k` (1) experts. At a high temperature all experts work, at a low one hardly more than the best. Options: `temperature` (1) and `threshold` c (default 0.2 / E), numbers or functions of the step, both fields that can be set later: moe.schedule.linear { max = 2, min = 0.3, steps = n } anneals; `gumbel` (default true; false: without the noise), `max_k`, `norm_topk_prob` (default false); bias, noise, jitter, init as in topk. Nie et al. 2021, EvoMoE (arXiv 2112.14397): the gate DTS; its threshold's value is ours to choose.
+function router.dense_to_sparse(...) end
+
+---Each expert takes the tokens that want it most: S = softmax(W x) over the experts (`score` = "sigmoid": of each alone), G, I = the C largest of S^T [E, T] in each row, C = ceil(top_k T / E); weights G. The load is even by construction; a token has `top_k` experts on average (2; any number above 0, or a function of the step; the paper's capacity factor; router.top_k can be set later), and may have none. `within` says which tokens an expert chooses among: all those of the batch ("batch", the default; a token is then chosen in view of later ones, so that training and decoding differ), those of a sequence ("sequence"), or those at one position of all sequences ("position": causal; C = ceil(top_k B / E) of B sequences; one sequence alone gets all experts); the latter two need ctx.shape {B, time}. Equals go to the first token. Masked tokens are not chosen; within a sequence or a position they count for C. ctx.choice: index [T, k], or a recorded [E, C] where T is not E. bias, noise, jitter, init as in topk. routing.index, routing.gate [E, C]. Zhou et al. 2022, Mixture-of-Experts with Expert Choice Routing (arXiv 2202.09368, eq. 1-2).
+function router.expert_choice(...) end
+
+---Experts by a fixed hash of the token's id (ctx.token_ids, or the field `key`): nothing is learned, nothing needs balancing. With top_k hashes a token has top_k different experts, each with the weight 1 / top_k. Ids count from 1 to `vocab_size`. `method`: "random": each id's experts drawn at random, from `seed`; "balanced": ids in order of falling `frequencies` (a list or tensor of counts, all equal when absent; equals in random order), each to the expert that has the least so far; "modulo": the i-th expert of an id is (id - 1 + (i - 1) floor(E / top_k)) mod E + 1. Or `table`: one's own, as in by_id. Roller et al. 2021, Hash layers (arXiv 2106.04426, section 3.1; several hashes: section 3.2, where they cut one expert into pieces).
+function router.hash(given) end
+
+---prototype whose prototypes are centres of clusters, without a gradient: in training each token belongs to its nearest centre c_e, and c_e <- decay c_e + (1 - decay) mean of its tokens; a centre without tokens stays. What a forward saw is taken in by the next training forward, so that a recomputed one decides as the first did. `from_data` (default): the first training forward places the centres, on tokens spread over the batch, moved by `init_steps` (5) rounds of k-means; else they are drawn as `init` says. The weights of the choices are scores of the distances, through which x has a gradient. Options: decay (0.99), from_data, init_steps, and those of prototype. Buffers weight [E, d] (centres), seen_sum [E, d], seen_count [E], placed [1]. Roy et al. 2020, Routing Transformer (arXiv 2003.05997, section 4.1: the moving averages, there on unit vectors: metric = "cosine").
+function router.kmeans(given) end
+
+---topk whose logits come from the layer before: layer l computes next_logits = next_weight x_l, and layer l + 1 routes its own tokens by them, so that its experts are known one layer early (and can be fetched meanwhile). They are found on the routing of the layer before (ctx.previous_routing, as moe.model.lm sets it, or ctx.routing, which a moe.layer leaves in a ctx that layers share), as `next_logits`. Where there are none, or of other sizes, the router uses its own, weight x: so does the first layer. `own` = false saves those weights where they are never used (then a missing choice is an error), `ahead` = false the others, in a last layer. Options of topk but the noise. The layer before must be part of the same recorded forward: a checkpoint around a single layer is not supported. Hwang et al. 2023, Pre-gated MoE (arXiv 2308.12066, section 4.1).
+function router.lookahead(given) end
+
+---Mixture of Tokens: tokens at the same position of different examples form a group; each expert works on one average of the group and hands its result back by the same weights. For a group of tokens x_1 .. x_G and expert e: w_ge = softmax over the group of (weight_e . x_g) / temperature, y_g = sum_e w_ge expert_e(sum_h w_he x_h). Times never mix, so a causal model stays one; examples do (in evaluation too: a group of one example is the sum of all experts, and a temperature near 0 gives each expert the one token that wants it most). Options: group_size (examples of a group; default the whole batch; the batch must be a multiple of it, or smaller), temperature (a number, or a function of the step ctx.step; default 1), bias, init, noise, jitter as in topk. x without a batch is one example. A masked token is in no average and gets 0. routing.dispatch = routing.combine_matrix [B, T, E, 1]; routing.probs: the weights, made to sum to 1 over the experts. Antoniak et al. 2023 (arXiv 2310.15961), section 3.
+function router.mixture_of_tokens(...) end
+
+---Token choice whose logits come from a network of one hidden layer: A relu(B x), with B [hidden_size, d_model] and a row of A for each expert; everything else as in topk. Options: those of topk, and hidden_size (d_model). Parameters hidden_weight (B), weight (A) [E, hidden_size]. Shen et al. 2023, ModuleFormer (arXiv 2306.04640, eq. 2).
+function router.mlp(given) end
+
+---A token takes the mean decision of its neighbours: gates G = S softmax(U W^T), then the top_k best of each row of G, weighed by G (`norm_topk_prob`, default for k > 1: to sum to 1). U [T, d_model] the tokens of a sequence, W `weight` [E, d_model], S [T, T] with rows that sum to 1: source = "similarity": S = softmax(U Ws U^T / tau), Ws `similarity` [d_model, d_model] (starting as the identity), tau `temperature` (default sqrt(d_model)); with `rank`, Ws is similarity_query times the transpose of similarity_key, both [d_model, rank] (starting as the first columns of the identity), at 2 rank / d_model of the cost. source = "attention": S is ctx.attention_map, [B, T, T] or [B, heads, T, T], of which the mean over the heads is taken (moe.mixer.with_map puts it there). S = 1 is plain token choice. Options: top_k, source, causal (default true: a token has no neighbours to its right), temperature, norm_topk_prob, bias, init, noise, jitter as in topk. Masked tokens are nobody's neighbours. Sequences come from ctx.shape; without one all tokens are one sequence. It needs whole sequences: a token decoded by itself has no neighbours. routing.probs = G, routing.similarity = S [B, T, T]. Nguyen, Tran, Nguyen, Baraniuk 2025 (arXiv 2505.00792), sections 2 and 3.
+function router.neighbour(...) end
+
+---Data selection on top of expert selection: a token likes its `top_k` experts by p = softmax(x W^T); of the patches of `patch_size` neighbouring tokens (1), each expert then takes at most the share `share` of those of a sequence in which it is liked most, by the mean over a patch of p where it was among the token's best. Work is where both agree, so that a token may have fewer experts than top_k, or none. Weights are 1, with the gradient of p (1 + p - its value): experts that are slices of one network add up to it, exactly when all are on; and with top_k = num_experts and share = 1 there is no choice and no router's gradient. `causal`: a patch is judged by its first token and against the patch at the same place in the other sequences of the batch, so that nothing depends on later tokens (ours; the paper compares within the sequence). Options: top_k, patch_size, share (0.5), causal (false), and bias, noise, jitter, init. ctx.shape tells the sequences. Yang et al. 2025, Union of Experts (arXiv 2503.02495, section 3.2).
+function router.patches(...) end
+
+---The choice of a product-key memory as a routing: of num_experts = n^2 experts, top_k for each of `heads` queries of a token, weighted by the softmax of a head's chosen scores; an expert that two heads chose has the token twice. No array [T, n^2] is made, and the routing has neither logits nor probs. Options: top_k (8), heads (1), key_dim, query_norm ("batch"), rank, as in moe.nn.product_keys, whose parameters lie under `keys`. Lample et al. 2019 (arXiv 1907.05242).
+function router.product_key(...) end
+
+---topk with logits by prototypes, a vector p_e an expert: `metric` = "euclidean": -|x - p_e|^2 / t, so that a softmax over them is the posterior of a mixture of Gaussians of variance t / 2; "cosine": <x, p_e> / (|x| |p_e|) / t. `temperature` t (1), learned as exp(log_temperature) with `learned_temperature`. All options of topk but the bias and the learned noise. Parameter weight [E, d]: the prototypes; log_temperature [1]. Snell et al. 2017, prototypical networks (arXiv 1703.05175, eq. 2), as a router.
+function router.prototype(given) end
+
+---Random routing, of two kinds. A fixed random projection (default): the top_k best of softmax(weight x), `weight` [E, d_model] a buffer that is never trained; top_k may be a function of the step (ctx.step), the published way being a linear growth from 1 or 2 to all. Chen et al. 2023, SMoE-Dropout (arXiv 2303.01610), section 3. Stochastic experts: with `draw` = "batch", each forward draws top_k experts and all tokens go to them; "token" draws for each token; without replacement, from moe.manual_seed's generator, each with the weight 1 / top_k. ctx.draws = n cuts the tokens into n equal runs which get different experts, as if n forwards had drawn without replacement: a batch given n times over is that many passes in one. Zuo et al. 2021, THOR (arXiv 2110.04260), section 3. Options: top_k (a number or a function, default 1), draw, inference: what evaluation does, "random" (as in training, the last k that training had) or "all" (all experts; the drawn ones in equal parts); norm_topk_prob (default: for k > 1) and init of the projection. ctx.choice forces the experts.
+function router.random(...) end
+
+---Gates relu(W x), without a choice of k: an expert works where its gate is above zero, with the gate as its weight, and the whole is differentiable (there is no jump where an expert comes in). A token may have any number of experts, or none. How many are open on average is held by the controller moe.loss.relu_l1 { top_k = k } in the layer's balance. Options: bias (default true: without one a gate over centred tokens is open for half of them, whatever its weights), noise, jitter, init as in topk. routing.gate [T, E]; routing.probs: the gates of a token over their sum (zeros for a token without any). Wang et al. 2024, ReMoE (arXiv 2412.14711, eq. 5).
+function router.relu(...) end
+
+---One decision a sequence: the router inside sees a summary of the sequence, and all of its tokens follow. s = mean, first or last of the tokens x_1 .. x_T that are not masked; y_t = sum over the choice of router(s) of weight x expert(x_t). Options: router (any that answers by index or gates; default topk), top_k (of the default one, default 2), from: "mean", "first", "last" or "running": s_t is the mean of x_1 .. x_t, so that each token has a decision of its own and none sees the future. Sequences come from ctx.shape; without one all tokens are one sequence. The routing's probs and logits are those of the sequences, repeated for their tokens. Routing by sentence: Kudugunta et al. 2021 (arXiv 2110.03742), section 3.
+function router.sequence(...) end
+
+---Soft mixing: each expert has `slots` slots, each slot is an average of tokens, each token gets an average of all slots. L = norm(X) (scale norm(Phi))^T [T, S], S = num_experts x slots; dispatch D = softmax of L over the tokens, combine C = softmax over the slots; slots = D^T X, Y = C experts(slots). Nothing is dropped and nothing needs balancing; the cost follows the slots, whatever the number of experts. Parameters weight (Phi) [S, d_model] and, with `normalize` (default true: l2 norm of every token and of every row of Phi), scale [1]. Options: slots (of each expert, default 1), normalize, scale (its start, default 1: slots that are near to the mean of all tokens; short trainings want more), init. Where ctx.shape has a batch, each sequence is mixed by itself. A masked token is in no slot and gets 0. routing.dispatch, routing.combine_matrix [B, T, E, slots] (without a batch [T, E, slots]); routing.probs: the sum of C over an expert's slots. There is no causal form: every token sees all others of its sequence, so this is for encoders (see mixture_of_tokens for language models). Puigcerver, Riquelme, Mustafa, Houlsby 2023 (arXiv 2308.00951), section 2; the normalisation is that of its section 2.3.
+function router.soft(...) end
+
+---The experts whose score (`score`: "softmax" or "sigmoid" of W x) lies above a bound, at least `min_k` (1) and at most `max_k` of them, the best first. The bound is one of: `threshold` (default 1 / E, an even share), a number; `quantile` q in [0, 1): the score that a share q of scores lies at or below, the order statistic 1 + floor((n - 1) q) of the n = E scores of the token, or of the n = T E scores of the batch (`over` = "batch"), then a confident token has fewer experts than an undecided one; or instead of a bound `top_k`, how many experts a token takes: a number, or a function (x, ctx, scores) -> a number or a tensor [T]. threshold and quantile may be functions of the step, and fields of those names can be set later. `norm_topk_prob` (default true): the gates of a token sum to 1. A token's own quantile q passes ceil((E - 1) (1 - q)) experts, fewer where scores are equal: q = (E - k - 1/2) / (E - 1) is top-k. bias, noise, jitter, init as in topk. Gülmez 2026, DynaMoE (arXiv 2603.01697): the token's quantile, gates normalised.
+function router.threshold(...) end
+
+---The smallest set of experts whose probabilities reach `p`, for each token: P = softmax(W x), sorted; S = the first n with P_1 + .. + P_n >= p; gates g_e = P_e for e in S, else 0. p -> 0 is the best expert alone, p = 1 all of them. Options: p (0.4; a number, or a function of the step; router.p can be set later), at least `min_k` (1), at most `max_k` experts, `norm_topk_prob` (the gates of S sum to 1; default false, as published); bias, noise, jitter, init as in topk. The entropy loss of the paper, which keeps the sets small, is moe.loss.entropy. routing: gates [T, E], any number of experts a token. Huang et al. 2024, Harder Tasks Need More Experts (arXiv 2403.07652, eq. 3-5).
+function router.top_p(...) end
+
+---The k best experts of each token. Steps, each an option: `score` of the logits (softmax, sigmoid, sqrtsoftplus, relu; `score_after`: of the chosen alone) -> + `selection_bias` -> `n_group` groups, of which `topk_group` stay, judged by the sum of their `group_top` best -> choose `top_k` -> their unbiased scores -> `norm_topk_prob` (default: for k > 1) -> `routed_scaling_factor`. Also: `bias` of the projection, `noise` ("learned" or a number) added to the logits in training (`noise_in_eval`: always), `jitter` (x times 1 +- jitter in training), `init`. top_k may be a function (step, layer_number) of what ctx says; where ctx has no step the last value stays. It can be set later, router:set{ top_k = 1 } or router.top_k = 1: the weights have nothing to do with it. Shazeer et al. 2017 (arXiv 1701.06538); the order of steps is that of DeepSeek-V3 (arXiv 2412.19437).
+function router.topk(given) end
+
+---Shared experts by a weight each, and the best of the others: the first `num_shared` experts take every token, and of the rest its `top_k`. With [a1, a2] = softmax(W_h x): g_i = a1 softmax(W_s x)_i for the shared, g_i = a2 softmax(W_r x)_i for the chosen. `norm_topk_prob` (default: for k > 1): over the chosen. `rescale` (default): times how many share each of the three distributions, so that the working experts' weights are 1 on average and the output keeps the scale of the dense layer. Without shared experts: g = softmax(W_r x) over the chosen. Parameters weight [R, d], shared_weight [S, d], stage_weight [2, d]. routing.probs are those of the routed experts, 0 for the shared. Jin et al. 2024, MoH (arXiv 2410.11842, eq. 4-6); the rescaling is ours to name.
+function router.two_stage(...) end
+
+---The k best experts by logits from `samples` passes with dropout on the input (Monte Carlo dropout), z_m = W dropout_m(x): l = mean_m(z_m) / sqrt(1 + pi/8 var_m(z_m)), the logits whose softmax stands for the mean softmax of normal logits. An expert whose logit wavers counts for less. With dropout = 0 it is the topk router. Options: dropout (0.1), samples (4), in_eval (true: passes in evaluation too; false: plain logits there); those of topk. Zhang et al. 2023 (MoFME, arXiv 2312.16610: an ensemble by dropout whose mean and variance normalise the logits); the form of the normalisation is chosen here: MacKay 1992 ("The evidence framework applied to classification networks"); dropout as an ensemble: Gal and Ghahramani 2015 (arXiv 1506.02142).
+function router.uncertain(given) end
+
+---Makes every expert of a bank a copy of one, in place, so that optimizers stay bound: w_e <- keep_e * (w + noise std(w) n_e), n_e normal, keep_e 1 with probability 1 - mask, else 0, drawn for each element of each expert's matrices; biases are copied as they are. Options: `expert` (1), the number of the one to copy, `from`: the bank that it is in (default: this one; of the same class and sizes, and of any number of experts), noise and mask (0: exact copies). Returns the bank. The spawning of EvoMoE (Nie et al. 2021, arXiv 2112.14397) and, without noise, the copies of sparse upcycling (Komatsuzaki et al. 2022, arXiv 2212.05055).
+function experts.spawn(bank, given) end
+
+---Parallel bottleneck adapters: y = base(x) + scale * sum over a token's experts of g_e (up_e act(down_e x)). Parameters down_proj [E, I, d_model], up_proj [E, d_out, I], which is 0 at the start, and with `bias` down_bias [E, I], up_bias [E, d_out], 0. Options: intermediate_size I (the bottleneck), act (relu; as in mlp), bias (true), scale (1); base: a module, mostly a dense FFN, or a weight [d_out, d_model], frozen when taken; init (of down_proj), d_out; d_model and num_experts (one) for a bank of its own. Houlsby et al. 2019 (arXiv 1902.00751); the parallel form and the scale: He et al. 2021 (arXiv 2110.04366, table 1).
+function experts.adapter(...) end
+
+---One shared network whose hidden activations expert i modulates: y = sum over a token's experts of g_i (down (gamma_i * h + beta_i) + down_bias), h = act(up x + up_bias). The sum is linear in h: the vectors are mixed first, and a token costs one network whatever its number of experts. Parameters up_proj [I, d], down_proj [d_out, I], up_bias, down_bias; gamma [E, I], 1 at the start, and beta [E, I], 0. Options: intermediate_size; act as in mlp by name, a module or a function (h); bias (true); shift (true; false: no beta, as IA3 scales); spread (0): the deviation of gamma and beta from those starts; init, d_out; d_model and num_experts. Zhang et al. 2023 (MoFME, arXiv 2312.16610); modulation: Perez et al. 2017 (FiLM, arXiv 1709.07871, eq. 2).
+function experts.film(...) end
 
 ---GEGLU networks: down(gelu(gate x) * up x). Parameters and options as in swiglu.
 function experts.geglu(...) end
 
----The same with another activation `act` of the gate: "gelu" is GEGLU, "relu" ReGLU, "sigmoid" GLU.
+---The same with another activation `act` of the gate: "gelu" is GEGLU, "relu" ReGLU, "sigmoid" GLU; polynomials, modules and functions as in mlp.
 function experts.glu(...) end
 
----Experts of one's own: f(xe, e, ctx) -> [n, d_out] for the rows xe [n, d_model] of expert e; nil stands for zeros. Or a list of modules or functions, one an expert; modules' parameters are the bank's.
+---Vectors that scale activations: y = (sum over a token's experts of g_e l_e) * x. The vectors are merged, then scale, which is the same as mixing the scaled activations and costs one product. Parameter vectors [E, d_model], 1 at the start: with weights that sum to one the bank begins as the identity. Options: d_model and num_experts. Liu et al. 2022 (IA3, arXiv 2205.05638, section 3.3); as experts: Zadouri et al. 2023 (MoV, arXiv 2309.05444, section 2).
+function experts.ia3(...) end
+
+---Banks of different kinds or sizes as the experts of one layer: join{ bank, bank, ... }, each with its num_experts; the first one's experts are numbers 1, 2, ..., then come the next one's. Each bank sees only the assignments of its own experts, through its own kernel; their results are added. Child `banks`: state names banks.1.up_proj and so on.
+function experts.join(banks, d_model) end
+
+---Low-rank experts: y = base(x) + scale * sum over a token's experts of g_e B_e A_e x. Parameters lora_A [E, rank, d_model], from U(-r, r), r = 1 / sqrt(d_model), unless `init` says otherwise, and lora_B [E, d_out, rank], 0: at the start y is base(x). One expert without a routing is plain LoRA. bank:delta(e) is scale * B_e A_e; bank:merge(e) gives the base with expert e in it. Options: rank; alpha (default: rank), scale (default: alpha / rank); base: a module or a weight [d_out, d_model], frozen when taken (absent: the sum alone); init, d_out; d_model and num_experts (one) for a bank of its own. Hu et al. 2021 (arXiv 2106.09685, eq. 3); as experts: Zadouri et al. 2023 (arXiv 2309.05444).
+function experts.lora(...) end
+
+---A dense feed-forward network whose linear layers are each a moe.experts.lora_linear with a router of its own: fields `up` (of a gated network the two halves as one, gate first) and `down`. y, routing = m(x [.., d_model], ctx), the routing of `down`; its aux losses include those of `up`. With one expert plain LoRA and no routing. Options: base, a moe.nn.ffn, whose weights are taken (frozen, not copied); the others are those of moe.experts.lora_linear. Gao et al. 2024 (arXiv 2402.08562, section 3).
+function experts.lora_ffn(given) end
+
+---A linear layer tuned by low-rank experts, its router inside: y = W0 x + b + scale * sum over a token's experts of g_e B_e A_e x; with one expert plain LoRA, without a router. y, routing = m(x [.., d_model], ctx). A moe.layer: its methods, balance losses and names (router.weight, experts.lora_A, experts.base.weight). Options: base (a linear layer or a weight [d_out, d_model]; frozen), num_experts (1), top_k (2), rank, alpha, scale, init (as in moe.experts.lora); router, balance, and the other options of moe.layer. Hu et al. 2021 (arXiv 2106.09685); Gao et al. 2024 (arXiv 2402.08562, eq. 3-5).
+function experts.lora_linear(...) end
+
+---Networks with weights of few bits: W is used as s round(W / s), s = max |W| / (2^(bits-1) - 1); the gradient passes straight through. Options: bits (4); per: "expert" (one s a matrix) or "row" (one an output); activation_bits: what enters each product is rounded likewise, row by row (8 in BitNet); gated (true: as glu with gate_up_proj; false: as mlp with up_proj); act, order, eps, bias, init, d_out as in mlp. Levels as for the activations of BitNet (Wang et al. 2023, arXiv 2310.11453, eq. 4, symmetric here).
+function experts.low_bit(...) end
+
+---Experts of one's own: f(xe, e, ctx) -> [n, d_out] for the rows xe [n, d_model] of expert e; nil stands for zeros. Or a list of modules or functions, one an expert and as different as one likes; modules are children 1, 2, ... (state names 1.weight and so on). Or one module, the child `experts`, for all. Modules are called with xe alone. A layer of another number of experts than the list is an error.
 function experts.map(f) end
 
----Plain networks: down(act(up x)). Parameters up_proj [E, I, d], down_proj [E, d, I], with `bias` also up_bias and down_bias. Options as in swiglu, and act: silu, gelu, gelu_tanh, relu, relu2, tanh, sigmoid, identity.
+---Plain networks: down(act(up x)). Parameters up_proj [E, I, d], down_proj [E, d, I], with `bias` also up_bias and down_bias. Options as in swiglu, and act: silu, gelu, gelu_tanh, relu, relu2, tanh, sigmoid, identity; poly_relu or poly_norm with `coefficients` [E, order + 1] of every expert (options order, 3, and eps; arXiv 2411.03884); or a module, such as moe.nn.poly_norm() with coefficients that all share, or a function (h [A, I], routing) -> [A, I] of the hidden rows.
 function experts.mlp(...) end
 
 ---SwiGLU networks: down(silu(gate x) * up x). Parameters gate_up_proj [E, 2 I, d] (gate first), down_proj [E, d, I]. Options: intermediate_size, bias, init, d_out; d_model and num_experts (one) for a bank of its own.
 function experts.swiglu(...) end
+
+---Networks with ternary weights: as glu or mlp, but every matrix W of an expert is used as s clip(round(W / s), -1, 1), s = mean |W|; the gradient passes straight through to W. Options of low_bit but bits. Costs a pass over all experts' weights a forward. Ma et al. 2024 (BitNet b1.58, arXiv 2402.17764, eqs. 1-3); straight-through: Bengio et al. 2013 (arXiv 1308.3432).
+function experts.ternary(...) end
+
+---Networks of unequal widths in one layer: widths = { 64, 64, 256, ... } gives the intermediate size of every expert. Experts of one width share a bank, in `banks` in the order in which the widths come, so that no product is padded. Options: widths; gated (true: glu, false: mlp); act, order, eps, bias, init, d_out as there; d_model for a bank of its own. Costs as its experts do, plus one addition of [T, d_out] for each further width.
+function experts.unequal(...) end
+
+---A bank and experts that cost next to nothing, so that simple tokens use less work: zero_computation{ bank, zero = 1, copy = 1, constant = 1 }. Of the layer's num_experts = N, all counted, the first N - zero - copy - constant are the bank's; then come `zero` (null) experts, E(x) = 0; `copy` experts, E(x) = x; and `constant` experts, E(x) = a_1 x + a_2 v with [a_1, a_2] = softmax(W x). The bank's kernel sees only the assignments of its own experts. x [T, d_model] -> [T, d_model]: d_out of the bank must be d_model. Parameters: those of the bank under `bank`, constant_weight W [2 constant, d] (for each a_1's row, then a_2's), constant_value v [constant, d]. Jin et al. 2024, MoE++ (arXiv 2410.07348, eq. 3-5).
+function experts.zero_computation(...) end
 
 ---A routing from gates [T, E]: those that are not zero, whatever their number. Options as in topk.
 function routing.dense(gates, extras) end
@@ -2927,8 +3090,8 @@ function routing.experts(index, weight, num_tokens, extras) end
 ---Whether a value is a routing.
 function routing.is_routing(...) end
 
----Dense mixing: dispatch, combine [T, E, slots], or [B, T, E, slots] for mixing within each sequence of a batch. An expert works on its slots, which are dispatch-weighted sums of tokens; a token gets the combine-weighted sum of all slots.
-function routing.soft(dispatch, combine) end
+---Dense mixing: dispatch, combine [T, E, slots], or [B, T, E, slots] for mixing within each sequence of a batch. An expert works on its slots, which are dispatch-weighted sums of tokens; a token gets the combine-weighted sum of all slots: slot_s = sum_t dispatch_ts x_t, y_t = sum_s combine_ts expert(slot_s). Options: across = n with a batch: the mixing is not within the sequences, but, time by time, within groups of n consecutive examples.
+function routing.soft(dispatch, combine, given) end
 
 ---Runs work(rows) -> rows on what the experts see of x [T, d], and brings the result back: for a soft routing the slots, else x itself.
 function routing.through(routing, x, work) end
@@ -2942,14 +3105,29 @@ function loss.aux(ctx) end
 ----(target log sigmoid(input) + (1 - target) log(1 - sigmoid(input)))
 function loss.bce_with_logits(input, target, reduction) end
 
+---How far two predictions of one input lie apart: logits a, b [.., classes] -> the symmetric divergence (KL(p || q) + KL(q || p)) / 2 = sum over classes of (p - q) (log p - log q) / 2, p = softmax(a), q = softmax(b); 0 where they agree. Both get a gradient. Options: reduction "mean" (over the rows), "sum" or "none" ([..]); mask [..]: rows that count. The regulariser CR of THOR: Zuo et al. 2021 (arXiv 2110.04260), eq. 3.
+function loss.consistency(a, b, given) end
+
+---The routing contrastive loss, by which an expert's prototype is pulled to the mean of its tokens and pushed from the means of the other experts' tokens. With c_ij = cos(prototype_i, mean_j) / temperature it is mean over experts i with tokens of logsumexp_j(c_ij) - c_ii, j over experts with tokens. log(number of such experts) when all means (or all prototypes) are alike, near 0 when they are well apart, 0 for one. Tokens and prototypes have gradients. Options: temperature; prototypes, a function (layer) -> [E, d_model], the rows of the router's weight when absent. (Wei et al. 2025, ProMoE, arXiv 2510.24711.)
+function loss.contrastive(coef, given) end
+
 ---logits x [.., C], target [..] class numbers (or probabilities [.., C]) -> -log softmax(x)[target]; the classes lie in the last dimension; mean is weighted by weight[target]; targets equal to ignore_index (compared as given) count nothing
 function loss.cross_entropy(x, target, weight, ignore_index, label_smoothing, reduction) end
+
+---The overlap of experts, a mean squared cosine, 1 when experts are alike, 0 when they are orthogonal. of = "outputs": between what a token's experts compute of it, over all pairs of them; it costs a second pass of the experts, over `tokens` evenly spread tokens where that is given. (Guo et al. 2025, "Advancing Expert Specialization", arXiv 2505.22323, which adds up projections; squared cosines do not reward short outputs.) Takes routing.index [T, k], k > 1. of = "weights": between the experts' weights `parameter` [E, ...] as vectors, over all pairs of experts: ||W W^T - I||^2 / (E (E - 1)) for rows of unit length (the orthogonality penalty of Bansal et al. 2018, arXiv 1810.09102, across experts).
+function loss.diversity(coef, given) end
+
+---The mean entropy of a token's probabilities, mean over tokens of -sum_e p log p. log E when undecided, 0 when certain. A negative coefficient raises it. Takes routing.probs [T, E]. (Huang et al. 2024, "Harder Tasks Need More Experts", arXiv 2403.07652: lowered, it keeps the sets of top-p small.)
+function loss.entropy(coef, given) end
+
+---The L1 norm of the gates, mean over tokens of the sum of |weight|, for routers whose zeros are learned (relu, sigmoid). The share of experts at work falls as the coefficient rises; that of a router whose weights sum to 1 is constant. Takes routing.weight. (Wang et al. 2024, ReMoE, arXiv 2412.14711, there with a coefficient that adapts.)
+function loss.gate_l1(coef, given) end
 
 ---d^2 / 2 where d = |input - target| <= delta, delta (d - delta / 2) beyond
 function loss.huber(input, target, delta, reduction) end
 
----The importance loss (Shazeer et al. 2017, eq. 7): variance over squared mean of the experts' summed weights.
-function loss.importance(coef) end
+---The importance loss, CV^2 of the experts' summed weights. CV^2(v) = mean((v - mean v)^2) / (mean v)^2. 0 when they are even, E/k - 1 when k experts share all. Takes routing.weight. (Shazeer et al. 2017, arXiv 1701.06538, eq. 6 and 7.)
+function loss.importance(coef, given) end
 
 ---target (log target - input), input log-probabilities, target probabilities (log_target: their logarithms)
 function loss.kl_div(input, target, log_target, reduction) end
@@ -2957,20 +3135,86 @@ function loss.kl_div(input, target, log_target, reduction) end
 ---|input - target|
 function loss.l1(input, target, reduction) end
 
+---The balance of time instead of tokens, for experts of unequal cost. It is CV^2(a * importance) + CV^2(a * load), where a_e = cost_e / sum of cost. 0 when each expert's share is inverse to its cost. Options: cost, a list of one positive number an expert (seconds, operations, bytes: only ratios count); on = "importance" or "load" for one term alone. The load is that of moe.loss.load. (You et al. 2023, ShiftAddViT, arXiv 2306.06446.)
+function loss.latency(coef, given) end
+
+---The load loss, CV^2 of the experts' load, in a form that has a gradient. 0 when even. Where the router has noise: load_e = sum over tokens of Phi((clean_e - kth best of the other noisy logits) / std_e), the chance to be chosen if the noise of e alone were drawn again (Shazeer et al. 2017, arXiv 1701.06538, eq. 8 to 11; Phi: the normal distribution function). Takes routing.clean_logits, logits, noise_std [T, E] and top_k, as moe.router.topk with `noise` sets them in training. Without noise the assignments stand for it, each with its probability: load_e = sum of probs[t, e] over the tokens t that chose e (a form of this library). Takes routing.probs [T, E].
+function loss.load(coef, given) end
+
+---The entropy of the mean probabilities, H(m) = -sum_e P_e log P_e. Lowered in finetuning, it gathers the work on few experts, so that the others can be pruned. log E when even, 0 when one has all. Takes routing.probs [T, E]. (Shen et al. 2023, ModuleFormer, arXiv 2306.04640.)
+function loss.load_concentration(coef, given) end
+
 ---(input - target)^2
 function loss.mse(input, target, reduction) end
+
+---The negative mutual information of experts and tokens. It is E[H(m given x)] - H(m), with H(m) the entropy of the mean probabilities and H(m given x) that of a token's. 0 when all tokens have the same probabilities (even or collapsed), -log E at best: each token certain, all experts used alike. Takes routing.probs [T, E]. (Shen et al. 2023, ModuleFormer, arXiv 2306.04640.) by = "task": of experts and tasks instead, with the mean probabilities of a task in place of a token's; ctx.task_ids from 1 (Chen et al. 2022, Mod-Squad, arXiv 2212.08066; here with the tasks' shares of the tokens).
+function loss.mutual_information(coef, given) end
 
 ---log-probabilities x [.., C], target [..] class numbers -> -x[target]
 function loss.nll(x, target, weight, ignore_index, reduction) end
 
----Balance without a loss (Wang et al. 2024, arXiv 2408.15664): after each optimizer step the selection bias of an expert moves by `rate` towards the mean load. rate: a number, or a function of the step. Needs a router with selection_bias = true; moe.layer's `bias_update_rate` sets up both.
+---The L1 norm of the gates with a coefficient that holds the wanted sparsity, for moe.router.relu: (l / T) sum over tokens and experts of f_e g_te, f_e = E / (k T) load_e (1 at an even load of k experts a token; without `balanced`: f_e = 1), so that busy experts are pressed harder. After each optimizer step l <- l alpha^sign(open - k), held in [1e-20, 1e4], open being the mean number of experts of a token in the step's forwards. Options: top_k, the mean wanted; start, the first l (1e-8); alpha (1.2); balanced (default true). The layer keeps l in its buffer l1_coef [1]. Layers that share one object share one count, as published; one made for each layer holds each layer. Wang et al. 2024, ReMoE (arXiv 2412.14711, eq. 6-9).
+function loss.relu_l1(given) end
+
+---Balance without a loss, by the selection bias of the router. After each optimizer step the selection bias of an expert moves by `rate` towards the mean load, b_e <- b_e + rate * sign(mean load - load_e), the load being that of all forwards of the step, before capacity. rate: a number, or a function of the step. Needs a router with selection_bias = true; moe.layer's `bias_update_rate` sets up both. (Wang et al. 2024, arXiv 2408.15664, algorithm 1.)
 function loss.selection_bias(rate) end
 
----The balance loss of Switch and GShard (Fedus et al. 2021, eq. 4): E times the sum over experts of the share of the assignments f and the mean probability P. 1 at balance, E/k when k experts take all. Options: norm = "k" multiplies by the experts a token has (Hugging Face's form); by = "sequence" takes f and P within each sequence of the batch and averages (ctx.shape tells the batch).
+---The balance loss of Switch and GShard, E * sum over experts of f_e * P_e. Here f_e is the share of all assignments (before capacity) that went to expert e and P_e the mean of its probability, both over the tokens that take part. 1 at balance, E/k when k experts take all. Only P has a gradient. Takes routing.probs [T, E]. (Fedus et al. 2021, arXiv 2101.03961, eq. 4 to 6; Lepikhin et al. 2020, arXiv 2006.16668.) Options: by = "batch" takes f and P over all tokens of the forward; "sequence" within each sequence (ctx.shape tells the batch), then averages (DeepSeek-V3, arXiv 2412.19437, eq. 17); "global" counts f over the micro-batches of the optimizer step up to this one, so that one of a single domain need not be even in itself (Qiu et al. 2025, arXiv 2501.11873; the layer's after_step begins anew). groups: over devices instead of experts, the sum over groups i of (E / E_i) * f_i * P_i with f and P summed over the E_i experts of the group (DeepSeekMoE, arXiv 2401.06066, eq. 15 to 17); a number of equal groups of neighbours, or the group of each expert as a list. norm = "k" multiplies by the experts a token has, the form of Hugging Face's models: k at balance.
 function loss.switch(coef, given) end
 
----The router z-loss (Zoph et al. 2022, eq. 5): the mean square of logsumexp of the logits; keeps logits small.
-function loss.z(coef) end
+---The router z-loss, mean over tokens of logsumexp(logits)^2. It keeps logits small. (log E)^2 at zero logits. Takes routing.logits [T, E]. (Zoph et al. 2022, ST-MoE, arXiv 2202.08906, eq. 5.)
+function loss.z(coef, given) end
+
+---The change between two routings of the same tokens (two checkpoints, or clean and noised input): the share of the first one's assignments that the second does not have, and the share of tokens with a different set of experts.
+function inspect.change(before, after) end
+
+---Sets `force` of every sparse layer of a model: "uniform", a recorded index, a function (x, ctx) -> index, or nil to let the routers decide again. Gives how many layers there are.
+function inspect.force(model, force) end
+
+---How much the group tells of the expert: mutual information of counts [groups, experts] over the entropy of the groups. 0: experts do not care for groups, 1: an expert serves one group alone.
+function inspect.information(counts) end
+
+---The records of a trace, a list of { step, layer, tokens, experts, index, weight }; nil, message for what is none.
+function inspect.read_trace(path) end
+
+---The routing of a record, with its weights as constants.
+function inspect.recorded(record) end
+
+---A function (x, ctx) -> index [T, k] for a layer's `force`: the recorded choice of ctx.step and ctx.layer_number; records without a step serve every step. An error where there is no record of that size.
+function inspect.replay(records) end
+
+---The routings of a forward of model(x, ctx), one a sparse layer: without gradients and in eval mode, so that nothing counts or moves. ctx: the table that the model is called with (default a fresh one).
+function inspect.routings(model, x, ctx) end
+
+---How alike neighbouring tokens are routed (Liang et al. 2025, arXiv 2505.16056). Sequences of `time` tokens (default: all of them are one) are cut into segments of `length`. srp, segment routing best performance: the best F1 with which one fixed group of experts, of any size, covers a segment's assignments: 2 hits / (length x size + assignments), averaged over segments. sch, segment cache best hit rate: the share of assignments that the cache x k most wanted experts of their segment cover, k the mean number of experts a token. A table { srp, sch, segments }.
+function inspect.segments(routing, given) end
+
+---How often tokens of each group went to each expert: counts i64 [num_groups, num_experts]. group: index tensor of num_tokens elements (a domain, a kind of character, the token's number), 0 for tokens that do not count. `counts` of an earlier call goes on.
+function inspect.specialisation(routing, group, num_groups, counts) end
+
+---A trace of routings to a file, a line of JSON each: t:record(routing, step, layer), or in a layer's `balance`, where it records every training forward (ctx.step and ctx.layer_number, which trainer and model set). nil, message for a file that cannot be written. t:close() ends it.
+function inspect.trace(path) end
+
+---One bar a name, with a whisker of +- spread where it is given: names and values, lists of one length. The axis begins at `min` (default 0).
+function plot.bars(names, values, spread, given) end
+
+---How often two experts work on the same token, as the share of the rarer one's tokens: a routing, or counts [E, E].
+function plot.coactivation(routing, given) end
+
+---Numbers [rows, columns] as shades; xnames and ynames label columns and rows, min and max set the range of the scale.
+function plot.heatmap(values, given) end
+
+---Curves: a list of { name =, y = {..} [, x = {..}, spread = {..}] }; spread draws a band of y +- spread.
+function plot.lines(series, given) end
+
+---The share of every expert (across) by layer (down): a model (its sparse layers' statistics), or a list as in load_over_time.
+function plot.load_by_layer(model, given) end
+
+---The share of every expert (down) over time (across): a list of routings, of layer:stats() or of loads.
+function plot.load_over_time(list, given) end
+
+---What share of each group's assignments (down) goes to which expert (across): counts of moe.inspect.specialisation. ynames: the groups' names.
+function plot.specialisation(counts, given) end
 
 ---Adam with decoupled weight decay (Loshchilov and Hutter 2019), step for step as PyTorch's AdamW
 function optim.adamw(options) end
@@ -2987,14 +3231,41 @@ function optim.parameters(what) end
 ---stochastic gradient descent with momentum, as PyTorch's SGD (weight_decay is an L2 penalty)
 function optim.sgd(options) end
 
+---The share of tokens that a layer works on when every n-th layer is sparse, a function (layer). It is `share` in the layers every, 2 every, .., and 1 in the others. (Raposo et al. 2024, mixture of depths, arXiv 2404.02258: an eighth of the tokens in every other layer.)
+function schedule.alternate(given) end
+
+---From one value to another between the steps `start` and `steps`, and flat on both sides. With p = (step - start) / (steps - start): "linear" from + (to - from) p, "exponential" from * (to / from)^p, "cosine" by half a cosine. whole = true rounds. A temperature: anneal{ from = 2, to = 0.3, steps = 1000, shape = "exponential" } (Jang et al. 2017, arXiv 1611.01144; linear in EvoMoE, arXiv 2112.14397); a growing k: anneal{ from = 1, to = 8, steps = 1000, whole = true } (SMoE-Dropout, arXiv 2303.01610).
+function schedule.anneal(given) end
+
+---How many experts a layer has (or may use), a function (layer, num_layers). It is mean * (1 + spread * s), where s runs in [-1, 1] after the pattern and has mean 0, so that the total over the layers is num_layers * mean in each pattern. Patterns over the depth: "uniform", "descending", "ascending", "pyramid_up" (most in the middle), "pyramid_down" (fewest in the middle), "wave" (`waves` periods of a sine). Whole numbers that keep the (rounded) total, or with whole = false shares. (The six patterns of DynaMoE, Gülmez 2026, arXiv 2603.01697; that all of them keep one total is the choice of this library.)
+function schedule.capacity(given) end
+
 ---1 (or `max`) after the warm-up.
 function schedule.constant(options) end
 
 ---Half a cosine down from the end of the warm-up to `min` at `steps` (Loshchilov and Hutter, SGDR, 2017).
 function schedule.cosine(options) end
 
+---From one value in the lowest layer to another in the highest, a function (layer, num_layers). Linear, exponential or by half a cosine.
+function schedule.depth(given) end
+
 ---A straight line down from the end of the warm-up to `min` at `steps`.
 function schedule.linear(options) end
+
+---What an option that may be a schedule is now. It is itself, or, of a function, its value at ctx.step and ctx.layer_number. `name` is for the error where ctx has no step.
+function schedule.now(value, ctx, name) end
+
+---The share of tokens that are left when some layers prune, a function (layer). It is keep^(layers of `at` up to this one). (Rao et al. 2021, DynamicViT, arXiv 2106.02034: 0.7 after each of three layers.)
+function schedule.prune(given) end
+
+---The share of tokens that a layer keeps, a function (layer, num_layers). It is (1 + cos(pi p)) / 2 + shift, held in [least, 1], with p = 0 in the lowest layer and 1 in the highest. `shift` moves the cost of all layers together: their mean is 1/2 + shift where nothing is cut off. (Zhang et al. 2024, p-MoD, arXiv 2412.04449: a ratio that decays with the depth.)
+function schedule.shifted_cosine(given) end
+
+---Progressive sparsification of the experts of a token, a function (step, layer), for `top_k` of a router. `from` up to the step `start`, `to` from the step `steps` on; between them whole numbers for equally many steps each. Without `start` it is one switch at `steps`. from: a number, or a list by layer; layers beyond the list have `to` throughout: balance breaks down in the lowest layers, which begin with more. (Sigma-MoE-Tiny, arXiv 2512.16248, which switches late in training.)
+function schedule.sparsify(given) end
+
+---The value of the last stage that has begun. stages{ { 1, 4 }, { 500, 2 }, { 900, 1 } } is 4 up to step 499, then 2, then 1 from step 900 on. The first stage counts from the beginning. A value may be anything.
+function schedule.stages(list) end
 
 ---Warm-up, stable, decay (Hu et al., MiniCPM, 2024): flat until `decay` steps before `steps` (default a tenth of them), then a straight line down to `min`.
 function schedule.wsd(options) end
@@ -3004,6 +3275,39 @@ function data.batches(x, y, options) end
 
 ---Text as tokens: of a file, of all files below a directory (those whose path matches `pattern`, a Lua pattern; hidden and binary ones left out), or given: moe.data.text({ text = "..." }). level = "chars" (the default; the vocabulary is the text's own characters, sorted) or "bytes" (256 tokens, any text). Text that is not UTF-8 has no characters: nil, message. split = { 0.9, 0.1 } cuts the stream into train and val (a third share is test). The result has train, val, test (streams with :batches and :ids), vocab (a list of strings), vocab_size, encode, decode. Files that cannot be read: nil, message.
 function data.text(source, options) end
+
+---The share of the asked places of batch where the highest of logits [batch, time, vocab_size] is the answer.
+function data_synthetic.accuracy(logits, batch) end
+
+---Compression (MAD): seq_len - 1 random tokens and a compression token (the last of vocab_size = 16 kinds); y = x at all places but the last. It asks what the state behind the compression token holds: the model's last hidden state alone, with each position added, must be decoded into the tokens; a model that reads y_t from its output at t copies its input and learns nothing. Source: as in_context_recall.
+function data_synthetic.compression(o) end
+
+---Fuzzy in-context recall (MAD): keys and values are motifs of 1 .. k_motif_size (3) and 1 .. v_motif_size (3) different tokens; when a key of the same tokens was there before, the whole value is asked for, from the key's last token on: y_t = x_(t+1). One pair at a random place comes again at the end. Of vocab_size (16) kinds the last pads the front; the others are halved into keys and values. longest_keys = true: all keys have k_motif_size tokens, as in MAD's tests. Source: as in_context_recall.
+function data_synthetic.fuzzy_recall(o) end
+
+---In-context recall (MAD): seq_len / 2 pairs of a key (the lower half of vocab_size = 16 kinds) and the value that it has in this row (the upper half); a key that was there before asks for its value, y_t = x_(t+1). The last key is one that was there. Source: Poli et al., "Mechanistic Design and Scaling of Hybrid Architectures", 2024, arXiv 2403.17844, appendix on MAD, in its multi-query form. Only the recalled values count here, in training as well.
+function data_synthetic.in_context_recall(o) end
+
+---Induction heads: among random tokens stands a special one (the last of vocab_size = 16 kinds), once, at a random place, and again at the end, where it asks for the token that followed it: x[p] = x[T] = special, y[T] = x[p + 1], p uniform in 1 .. T - 2. seq_len 256 in training; train at one length and test at others for the published comparison. Source: Olsson et al., arXiv 2209.11895, as in Fu et al. (H3), arXiv 2212.14052, and in Mamba, arXiv 2312.00752, section 4.1.2.
+function data_synthetic.induction_heads(o) end
+
+---Memorization (MAD): a map from keys to values that is the same in all examples and must be learnt; x = key, insert token, key, insert token, ..; the insert token (the last of vocab_size = 256 kinds) asks for the value of the key before it, which x never shows. Of the other kinds the lower half are keys, the upper values; map_seed (12345) fixes the map, so that test data of another seed have it. Source: as in_context_recall.
+function data_synthetic.memorization(o) end
+
+---Multi-query associative recall: num_kv_pairs (4) keys, each followed by its value, then blanks among which every key stands once more, where it asks for its value. Blank 1, keys 2 .. vocab_size / 2, values above; keys and values of a row all differ. The i-th free slot of two behind the pairs holds a query with a probability in proportion to i^(power_a - 1) (slots without replacement): power_a = 0.01 (the default) as gaps in text, 1 uniform. random_non_queries = true: random tokens instead of blanks. Source: Arora et al., "Zoology", 2023, arXiv 2312.04927, section 4 and appendix; settings of its figure 2.
+function data_synthetic.mqar(o) end
+
+---Noisy in-context recall (MAD): in_context_recall with a share frac_noise (0.2) of the pairs replaced by two tokens of noise, the last noise_vocab_size (16) of vocab_size (32) kinds. Source: as in_context_recall.
+function data_synthetic.noisy_recall(o) end
+
+---Parity: bits as tokens 1 and 2; y_t = 1 + (number of 2s up to t) mod 2, at every place, or with answers = "last" at the end alone. seq_len 40. The smallest task that a state with eigenvalues in [0, 1] cannot track. Source: Grazzi et al., arXiv 2411.12537, sections 3 and 5.1.
+function data_synthetic.parity(o) end
+
+---Selective copying: num_tokens (16) data tokens stand at random places among blanks; after a copy token as many blanks follow, and the i-th of them asks for the i-th data token. Of vocab_size (16) kinds the last is the copy token, the one before it the blank, the rest are data. x = seq_len (256) tokens: seq_len - num_tokens - 1 with the data, the copy token, num_tokens blanks. selective = false: the data stand at the front, which a time-invariant model can copy. Source: Gu and Dao, "Mamba", 2023, arXiv 2312.00752, section 4.1.1 (from Jing et al. 2019); MAD, arXiv 2403.17844. The places are uniform here, and the blank and the copy token count among the kinds.
+function data_synthetic.selective_copying(o) end
+
+---The word problem of a group: x_t random elements, y_t = x_t x_(t-1) .. x_1 (of permutations: x_1 first), at every place or with answers = "last" at the end alone. group: "s5" (permutations of 5, 120 elements), "a5" (the even ones, 60), "z60" (counting modulo 60), products as "a4xz5"; s and a up to 6. Elements are numbered from 1, the identity, permutations in the order of words. Source: Merrill, Petty and Sabharwal, "The Illusion of State in State-Space Models", 2024, arXiv 2404.08819, section 6.
+function data_synthetic.word_problem(o) end
 
 ---what is in a safetensors file, by its header alone
 function io.inspect(path) end
@@ -3041,8 +3345,80 @@ function io.write(path, text) end
 ---one layer of a language model: x + mixer(norm(x)), then x + ffn(norm(x)); returns y, the mixer's state and the ffn's routing
 function model.block(...) end
 
----A language model of these options (see ROWS in lua/moe/model/lm.lua).
+---A causal language model of any mixers and feed-forward networks: logits = head(norm(layer_n(.. layer_1(embed(ids) [+ positions])))), each layer as moe.model.block says. layer_types: one choice for all layers, a list of one a layer, or a shorter list that is repeated ({ "mamba", "mamba", "attention" } over 9 layers). A choice is the name of a mixer (moe.mixer: "attention", "mamba", "mamba2", "rwkv7", ..; "none" for a layer that is its ffn alone), a function(layer) -> mixer, or a module; one module in several layers shares its weights. mixers = { mamba = { d_state = 16 } } are options of each kind, or function(layer) -> them; d_model, num_heads and the place of those that know it follow the model. ffn likewise: "dense", "moe", "none", a function(layer) -> ffn, or a module. positional: "learned", "rope" (of the attention) or "none"; when not given, "none" as soon as a layer holds a named mixer that knows the order by itself (any but kinds of attention), else "learned". norm_placement ("post" needs no last norm) and residual: see moe.model.block. Mixers other than attention keep the initial values of their own papers; init and residual_scale leave them. logits = model(ids [batch, time]); logits, state = model(ids, ctx, state) with state = model:state(batch), whatever the mixers: whole, in pieces and token by token give the same. Options: ROWS in lua/moe/model/lm.lua.
 function model.lm(ffn, ffn_hidden, head_bias, head_dim, init) end
+
+---The weights with which moe.nn.attention attends: x [B, time, d_model] -> [B, num_heads, time, keys], rows that sum to 1: softmax(Q K^T / sqrt(head_dim)), causal, window, ctx.attn_mask and ctx.relative included, dropout not. With a state (of the attention, before x) the keys are those of the state, then those of x; else keys = time; those of a cross attention are of ctx.memory. Costs the projection of queries and keys once more and B x num_heads x time x keys numbers; differentiable.
+function mixer.attention_weights(attention, x, state, ctx) end
+
+---Linear attention whose features approximate the exponential of softmax by its first terms: phi(x) = [1, x / d^(1/4), x (x) x / sqrt(2 d)], so that phi(q) . phi(k) = 1 + s + s^2 / 2, s = q . k / sqrt(d) (above 0); o = sum of phi(q) . phi(k) v over the times so far, divided by the sum of phi(q) . phi(k); y = o_proj o. x [batch, time, d_model] -> the same; queries and keys of feature_dim a head, values of d_model / num_heads. The state: recurrent [batch, heads, 1 + d + d^2, dv + 1], its last column the divisor. Source: Arora et al., "Simple linear attention language models balance the recall-throughput tradeoff", 2024, arXiv 2402.18668.
+function mixer.based(...) end
+
+---DeltaNet: q, k, v through projections, causal convolutions of conv_size with SiLU; q and k of length 1; with beta = sigmoid(b_proj x) each head replaces what its key holds: S = S + beta k (v - S^T k)^T; y = o_proj RMSNorm_head(S^T q / sqrt(dk)). x [batch, time, d_model] -> the same; heads of expand_k d_model / num_heads keys and expand_v d_model / num_heads values; allow_neg_eigval: beta up to 2. The state: q_conv, k_conv, v_conv [batch, conv_size - 1, width], recurrent [batch, heads, dk, dv]. Source: Yang et al., "Parallelizing Linear Transformers with the Delta Rule over Sequence Length", 2024, arXiv 2406.06484.
+function mixer.delta(...) end
+
+---Gated DeltaNet: DeltaNet whose state decays first, S' = alpha S; S = S' + beta k (v - S'^T k)^T, with one decay a head, log alpha = -exp(A_log) softplus(a_proj x + dt_bias); y = o_proj (RMSNorm_head(S^T q / sqrt(dk)) silu(g_proj x)). x [batch, time, d_model] -> the same; num_heads heads of head_dim (d_model / num_heads unless given) queries and keys, shared in groups by num_v_heads heads of expand_v head_dim values. The state as DeltaNet's. A_log is the logarithm of U(0, 16), dt_bias such that the step lies in dt_min .. dt_max; neither decays. Source: Yang, Kautz and Hatamizadeh, "Gated Delta Networks", 2024, arXiv 2412.06464.
+function mixer.gated_delta(...) end
+
+---Gated linear attention: each head keeps S = diag(alpha) S + k v^T with a decay for every key, log alpha = logsigmoid(gk_proj x) / gate_logit_normalizer, gk_proj of rank gate_low_rank_dim; y = o_proj (RMSNorm_head(S^T q / sqrt(dk)) silu(g_proj x)). x [batch, time, d_model] -> the same; heads of expand_k d_model / num_heads keys and expand_v d_model / num_heads values. The state: recurrent [batch, heads, dk, dv]. Source: Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training", 2023, arXiv 2312.06635, section 4.4.
+function mixer.gla(...) end
+
+---Kimi delta attention: gated DeltaNet with a decay for every key, log alpha = -exp(A_log_h) softplus(f_proj x + dt_bias), f_proj and the output gate g_proj of rank head_dim; y = o_proj (RMSNorm_head(S^T q / sqrt(dk)) sigmoid(g_proj x)). x [batch, time, d_model] -> the same; heads of head_dim (d_model / num_heads unless given) keys and expand_v head_dim values. The state as DeltaNet's. A_log [heads] is the logarithm of U(1, 16), dt_bias [heads head_dim]; neither decays. Source: Kimi Team, "Kimi Linear", 2025, arXiv 2510.26692.
+function mixer.kda(...) end
+
+---Lightning attention: [q, k, v] of each head are SiLU of qkv_proj x; the head keeps S = exp(-slope) S + k v^T with the constant slope_h = 2^(-8 h / num_heads) (1 - (layer - 1) / (num_layers - 1)), h = 1 .. num_heads: the later the layer, the longer it remembers; y = out_proj (sigmoid(output_gate x) RMSNorm(S^T q)). x [batch, time, d_model] -> the same; heads of head_dim (d_model / num_heads). The state: recurrent [batch, heads, dk, dk]. Sources: Qin et al., "Lightning Attention-2", 2024, arXiv 2401.04658; names and slopes as in MiniMax-01, arXiv 2501.08313.
+function mixer.lightning(...) end
+
+---Mamba: [x, z] = in_proj u; x through a causal convolution and SiLU; [dt, B, C] = x_proj x; with d = softplus(dt_proj dt) every channel keeps h = exp(-exp(A_log) d) h + d B x and gives y = <C, h> + D x; out_proj (y silu(z)). x [batch, time, d_model] -> the same; inner width expand * d_model, d_state numbers a channel; dt_rank defaults to d_model / 16, rounded up. The state: conv [batch, d_conv - 1, inner], recurrent [batch, inner, d_state]. A_log starts as log(1 .. d_state), dt_proj's bias where softplus of it is even in its logarithm between dt_min and dt_max, D as 1. Names and first values as in mamba_ssm. Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023, arXiv 2312.00752.
+function mixer.mamba(...) end
+
+---Mamba-2, state-space duality: [z, x B C, dt] = in_proj u; x B C through a causal convolution and SiLU; with d = softplus(dt + dt_bias) each head h keeps S = exp(-exp(A_log_h) d) S + d B x^T and gives y = S^T C + D_h x; out_proj (RMSNorm(y silu(z))). x [batch, time, d_model] -> the same; inner width expand * d_model in heads of headdim; B and C [d_state] for each of ngroups groups of heads. The state: conv [batch, d_conv - 1, inner + 2 ngroups d_state], recurrent [batch, heads, d_state, headdim]. RMSNorm is over the channels of a group. norm_before_gate: RMSNorm(y) silu(z); rmsnorm = false: y silu(z). Names and first values as in mamba_ssm. Source: Dao and Gu, "Transformers are SSMs", 2024, arXiv 2405.21060.
+function mixer.mamba2(...) end
+
+---Mixture of attention heads: each expert has queries and an output projection of its own (for `heads_per_expert` heads), keys and values are shared by all: y_t = sum over a token's experts of g_i softmax(x_t W_q^i K^T / sqrt(D)) V W_o^i. Call, state and the methods of moe.layer as in mixture_of_heads. Options: d_model, num_experts, top_k (2), heads_per_expert (1), num_kv_heads (heads_per_expert), head_dim (d_model / (top_k heads_per_expert)), router (topk), causal, rope, rope_base, attention ("softmax", "stick_breaking"), init, those of moe.layer. Parameters router.*, experts.q_proj [E, n D, d], experts.o_proj [E, d, n D], kv_proj.weight [2 kv D, d]. Zhang et al. 2022 (arXiv 2210.05144, eq. 4-6).
+function mixer.mixture_of_attention(given) end
+
+---Mixture of heads: every token works with some of an attention's heads, y_t = sum over its heads of g_i H_i(x)_t W_o^i. Keys and values are made of all tokens for all heads; queries, scores and output projections of the chosen ones alone. Heads 1 .. num_shared always work, of the rest top_k by moe.router.two_stage (or a router of one's own over num_heads experts). With every head chosen and weights of 1 it is plain attention. y [, state, routing] = m(x [batch, time, d_model] [, state, ctx]); state k, v [batch, num_kv_heads, time, head_dim]. A moe.layer: its methods, balance losses, capacity and statistics, and ctx.mask, attn_mask, cu_seqlens. copy_from(attention). Options: d_model, num_heads, top_k (num_heads // 2 - num_shared), num_shared (0), num_kv_heads (num_heads), head_dim (d_model / num_heads), causal (true), rope, rope_base, attention ("softmax", "stick_breaking"), init, keys, and those of moe.layer. keys = "chosen" (default "all"): a head attends among the tokens that chose it, and keys and values are made of those alone (experts.kv_proj [H, 2 D, d]; no state). Parameters router.*, experts.q_proj [H, D, d], experts.o_proj [H, d, D], kv_proj.weight [2 kv D, d]. Jin et al. 2024 (arXiv 2410.11842, eq. 2-6); keys of the chosen: Yang et al. 2025 (arXiv 2503.02495).
+function mixer.mixture_of_heads(given) end
+
+---Multi-head latent attention: keys and values of all heads are made of one latent vector a position, and that is all a state holds: c_t = rmsnorm(W_a x_t) [kv_lora_rank], kr_t = rope(W_r x_t) [qk_rope_head_dim]; head h has keys [W_k^h c_t; kr_t] and values W_v^h c_t, queries [q_nope; rope(q_rope)] of W_q x_t or, with q_lora_rank, of W_b rmsnorm(W_a' x_t); y = W_o softmax(q k^T / sqrt(qk_nope_head_dim + qk_rope_head_dim)) v. Absorbed form: q_nope^T W_k^h is a query of the latents themselves, the weighted latents go through W_v^h; the same numbers, cheaper for few queries of many keys, chosen by counting products (absorb = true or false forces a form). y [, state] = m(x [batch, time, d_model] [, state, ctx]); state.latent [batch, 1, time, kv_lora_rank + qk_rope_head_dim]; ctx.attn_mask, ctx.cu_seqlens (a batch of 1). Options: d_model, num_heads, kv_lora_rank, q_lora_rank (none), qk_nope_head_dim (d_model / num_heads), qk_rope_head_dim (half of it), v_head_dim (qk_nope_head_dim), causal (true), window, bias (false), rope_base (10000), rope_scaling (moe.nn.rope_scaling), rope_interleave (true), norm_eps (1e-6), absorb, init. Parameters as in Hugging Face's DeepseekV3Attention: q_proj or q_a_proj, q_a_layernorm, q_b_proj; kv_a_proj_with_mqa, kv_a_layernorm, kv_b_proj, o_proj. DeepSeek-AI 2024 (arXiv 2405.04434, section 2.1, eq. 9-19).
+function mixer.mla(...) end
+
+---Attention over all tokens whose projections are those of each token's modality: q, k, v = W_qkv^m x, y = W_o^m attention. ctx.modality_ids [batch, time] from 1. A mixer: y [, state] = m(x [batch, time, d_model], state, ctx); ctx.attn_mask and cu_seqlens as in moe.mixer.attention. Options as there, and num_modalities. Parameters qkv_proj.<m>.weight, o_proj.<m>.weight; with one modality it is plain attention. Liang et al. 2024 (arXiv 2411.04996, algorithm 1).
+function mixer.modality_attention(given) end
+
+---Multi-scale retention: q and k turn with their positions (RoPE), each head h = 0, 1, .. keeps S = gamma_h S + k v^T with the constant decay gamma_h = 1 - 2^(-5 - h); y = o_proj (RMSNorm_head(S^T q / sqrt(dk)) silu(g_proj x)). x [batch, time, d_model] -> the same; heads of expand_k d_model / num_heads keys and expand_v d_model / num_heads values. The state: recurrent [batch, heads, dk, dv] and the position reached. Source: Sun et al., "Retentive Network", 2023, arXiv 2307.08621, equations 5 to 8.
+function mixer.retention(...) end
+
+---RWKV-7's time mixing. Each input is blended with the one before it, x_i = x + mu_i (x_before - x), for i = r, w, k, v, a, g; r, k, v = projections; w = exp(-e^(-1/2) sigmoid(w_lora x_w)); a = sigmoid(a_lora x_a); g = sigmoid-gated g_lora x_g; kk = k k_k of length 1 a head, k = k (1 + (a - 1) k_a). Each head keeps S = diag(w) S - (a kk) (kk^T S_before) + k v^T: the state forgets what kk holds, by the share a, and takes the new value. y = o_proj (g (GroupNorm_head(S^T r) + (r . r_k k) v)). layer > 1: v moves toward the first layer's by sigmoid(v_lora x_v), v = v + (v_first - v) share; the first layer leaves ctx.v_first for them, so that all layers must get the same ctx. x [batch, time, d_model] -> the same, heads of head_dim. First values as in the paper's code: o_proj is 0. The state: shift [batch, d_model], recurrent [batch, heads, dk, dk]. Source: Peng et al., "RWKV-7 Goose with Expressive Dynamic State Evolution", 2025, arXiv 2503.14456, section 4.
+function mixer.rwkv7(...) end
+
+---Stick-breaking attention as a mixer: causal, without position codes; each position shares out its stick over those before it, newest first (see moe.stick_breaking). y [, state] = m(x [batch, time, d_model] [, state, ctx]). Options: d_model, num_heads, num_kv_heads, head_dim, diagonal (false: a position does not see itself), init. Parameters qkv_proj.weight [(H + 2 kv) D, d], o_proj.weight [d, H D]. Shen et al. 2023 (arXiv 2306.04640); Tan et al. 2024 (arXiv 2410.17980).
+function mixer.stick_breaking(given) end
+
+---An attention that leaves its weights in ctx.attention_map [B, num_heads, time, keys] (moe.mixer.attention_weights), for routers that follow the attention (moe.router.neighbour). Otherwise, and without a ctx, it is the attention that it is given: `moe.mixer.with_map(moe.nn.attention{ d_model = 64, num_heads = 4 })`.
+function mixer.with_map(attention) end
+
+---Parameters that work for a token: those of single experts times the share of them that a token has had so far; what a bank shares counts whole.
+function recipe.active_parameters(model) end
+
+---The language model of a recipe: options vocab_size (default: the text's), d_model, num_layers, num_heads, max_seq_len, num_experts, top_k, intermediate_size (of one expert); attention with learned positions, a recipe's layer as every ffn.
+function recipe.build(recipe, given) end
+
+---Trains several recipes (names or tables) on one text with the same steps and seeds: `seeds` (default { 1, 2, 3 }), further options as in train, `report(name, seed, run)` after each run. A list of { name, val_loss, spread, parameters, active_parameters, tokens_per_second, runs }, in the order given; a recipe without a language model is an error.
+function recipe.compare(recipes, given) end
+
+---A recipe by its name, a base line ("dense", "topk"), or a table of the same form as it is.
+function recipe.find(recipe) end
+
+---The names of all recipes, a list.
+function recipe.names() end
+
+---The text of the recipes as characters, split into train (90 %) and val: options size (characters, default all, or 200,000 generated ones) and kind: "real" (tinyshakespeare.txt in the folder $MOE_DATA or ../shared/data), "generated", or absent: the real one where it is there. Two values: the text and its kind.
+function recipe.text(given) end
+
+---Trains a recipe's model on a text by the trainer: AdamW, warm-up and half a cosine. Options: those of build, and text, seq_len, batch_size, steps, eval_steps, lr, warmup, weight_decay, clip, seed, log; or a `model` made before as third argument. Gives { model, val_loss, train_loss (mean of the last tenth), losses, parameters, active_parameters, seconds, tokens_per_second }.
+function recipe.train(recipe, given, model) end
 
 ---Completions of the last word of a line, sorted: complete("moe.nn.li", env) -> { "moe.nn.linear", ... }. env is the table of globals, _G when it is left out.
 function repl.complete(line, env) end
@@ -3155,6 +3531,9 @@ function Routing:bar(routing) end
 ---frees the routing at once
 function Routing:close() end
 
+---How often experts work on the same token: counts [E, E], symmetric, an expert's load on the diagonal.
+function Routing:coactivation(routing) end
+
 ---rows y [A, d] of the assignments added up at their tokens, times their weights: [T, d]
 function Routing:combine(y, weighted) end
 
@@ -3169,6 +3548,9 @@ function Routing:describe() end
 
 ---The entropy of the load over the experts, in nats: log(num_experts) when they work evenly, 0 when one does all.
 function Routing:entropy(routing) end
+
+---The weights as a matrix [T, E], differentiable, 0 where an expert does not work on a token. Of a soft routing: [slots, E].
+function Routing:gates(routing) end
 
 ---rows of x [T, d] for the assignments, sorted by expert: [A, d]
 function Routing:gather(x) end
@@ -3188,11 +3570,17 @@ function Routing:load() end
 ---The load of the busiest expert over the mean load: 1 when they work evenly, num_experts when one does all.
 function Routing:max_over_mean(routing) end
 
+---What a token's experts have, mixed by their weights: v [E, n] -> [T, n], row t being the sum over its experts e of w_te v_e.
+function Routing:mix(routing, v) end
+
 ---The mean entropy of the tokens' probabilities, in nats: how undecided the router is. nil without probs.
 function Routing:token_entropy(routing) end
 
 ---The assignments as a table of lists { token =, expert =, weight =, offsets = }.
 function Routing:totable(routing) end
+
+---The sum of each token's weights: [T], differentiable.
+function Routing:total(routing) end
 
 ---adds the gradient of x, a single number unless a gradient of x's shape is given, into grad of every leaf it came from
 function Tensor:backward(gradient, options) end
