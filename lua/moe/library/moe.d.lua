@@ -1805,47 +1805,59 @@ function moe.pad(x, pad, mode, value) end
 ---@nodiscard
 function Tensor:pad(pad, mode, value) end
 
----softmax(scale q k^T + mask) v: q [b, h, t, d], k [b, hkv, s, d], v [b, hkv, s, dv] -> [b, h, t, dv], heads of q in groups of h / hkv share one of k and v; mask broadcasts to [b, h, t, s], bool (true: may attend) or added; causal: query i sees the keys up to s - t + i; scale defaults to 1 / sqrt(d); a query that sees no key gives 0
+---softmax(scale q k^T + mask) v: q [b, h, t, d], k [b, hkv, s, d], v [b, hkv, s, dv] -> [b, h, t, dv], heads of q in groups of h / hkv share one of k and v; mask broadcasts to [b, h, t, s], bool (true: may attend) or added; causal: query i sees the keys up to s - t + i; seen [b, h, t], i64: a query sees so many keys from the first (queries of chosen positions; blocks that see none cost nothing); window: only keys less than so far from the query; relative [h or 1, 2 n - 1]: added to a score, entry n + (key - query), the ends beyond; cu_seqlens [n + 1]: sequences packed one after another, each attends within itself (cu_seqlens_k: those of k); scale defaults to 1 / sqrt(d); a query that sees no key gives 0
 ---@param q moe.Tensor
 ---@param k moe.Tensor
 ---@param v moe.Tensor
 ---@param mask? moe.Tensor
 ---@param causal? boolean default false
 ---@param scale? number
+---@param seen? moe.Tensor
+---@param window? integer
+---@param relative? moe.Tensor
+---@param cu_seqlens? moe.Tensor
+---@param cu_seqlens_k? moe.Tensor
 ---@return moe.Tensor
 ---@nodiscard
-function moe.attention(q, k, v, mask, causal, scale) end
+function moe.attention(q, k, v, mask, causal, scale, seen, window, relative, cu_seqlens, cu_seqlens_k) end
 
----softmax(scale q k^T + mask) v: q [b, h, t, d], k [b, hkv, s, d], v [b, hkv, s, dv] -> [b, h, t, dv], heads of q in groups of h / hkv share one of k and v; mask broadcasts to [b, h, t, s], bool (true: may attend) or added; causal: query i sees the keys up to s - t + i; scale defaults to 1 / sqrt(d); a query that sees no key gives 0
+---softmax(scale q k^T + mask) v: q [b, h, t, d], k [b, hkv, s, d], v [b, hkv, s, dv] -> [b, h, t, dv], heads of q in groups of h / hkv share one of k and v; mask broadcasts to [b, h, t, s], bool (true: may attend) or added; causal: query i sees the keys up to s - t + i; seen [b, h, t], i64: a query sees so many keys from the first (queries of chosen positions; blocks that see none cost nothing); window: only keys less than so far from the query; relative [h or 1, 2 n - 1]: added to a score, entry n + (key - query), the ends beyond; cu_seqlens [n + 1]: sequences packed one after another, each attends within itself (cu_seqlens_k: those of k); scale defaults to 1 / sqrt(d); a query that sees no key gives 0
 ---@param k moe.Tensor
 ---@param v moe.Tensor
 ---@param mask? moe.Tensor
 ---@param causal? boolean default false
 ---@param scale? number
+---@param seen? moe.Tensor
+---@param window? integer
+---@param relative? moe.Tensor
+---@param cu_seqlens? moe.Tensor
+---@param cu_seqlens_k? moe.Tensor
 ---@return moe.Tensor
 ---@nodiscard
-function Tensor:attention(k, v, mask, causal, scale) end
+function Tensor:attention(k, v, mask, causal, scale, seen, window, relative, cu_seqlens, cu_seqlens_k) end
 
----rotary embedding: pairs of x [.., t, d] turn by p base^(-2i/dim), p counting from 0 plus offset, or as positions [.., t] say; pairs are (i, i + dim/2) as in Llama, or (2i, 2i + 1) when interleaved as in GPT-J; dim: how much of d turns (all)
+---rotary embedding: pairs of x [.., t, d] turn by p base^(-2i/dim), p counting from 0 plus offset, or as positions [.., t] say; pairs are (i, i + dim/2) as in Llama, or (2i, 2i + 1) when interleaved as in GPT-J; dim: how much of d turns (all); scaling: frequencies for longer contexts, linear(factor=f), ntk(factor=f), dynamic(factor=f, original_max_position_embeddings=n), yarn(the same, beta_fast=32, beta_slow=1, attention_factor=a), llama3(the same as dynamic, low_freq_factor=1, high_freq_factor=4)
 ---@param x moe.Tensor
 ---@param positions? moe.Tensor
 ---@param offset? integer default 0
 ---@param base? number default 10000
 ---@param interleaved? boolean default false
 ---@param dim? integer
+---@param scaling? string
 ---@return moe.Tensor
 ---@nodiscard
-function moe.rope(x, positions, offset, base, interleaved, dim) end
+function moe.rope(x, positions, offset, base, interleaved, dim, scaling) end
 
----rotary embedding: pairs of x [.., t, d] turn by p base^(-2i/dim), p counting from 0 plus offset, or as positions [.., t] say; pairs are (i, i + dim/2) as in Llama, or (2i, 2i + 1) when interleaved as in GPT-J; dim: how much of d turns (all)
+---rotary embedding: pairs of x [.., t, d] turn by p base^(-2i/dim), p counting from 0 plus offset, or as positions [.., t] say; pairs are (i, i + dim/2) as in Llama, or (2i, 2i + 1) when interleaved as in GPT-J; dim: how much of d turns (all); scaling: frequencies for longer contexts, linear(factor=f), ntk(factor=f), dynamic(factor=f, original_max_position_embeddings=n), yarn(the same, beta_fast=32, beta_slow=1, attention_factor=a), llama3(the same as dynamic, low_freq_factor=1, high_freq_factor=4)
 ---@param positions? moe.Tensor
 ---@param offset? integer default 0
 ---@param base? number default 10000
 ---@param interleaved? boolean default false
 ---@param dim? integer
+---@param scaling? string
 ---@return moe.Tensor
 ---@nodiscard
-function Tensor:rope(positions, offset, base, interleaved, dim) end
+function Tensor:rope(positions, offset, base, interleaved, dim, scaling) end
 
 ---logits [T, E] -> weight [T, k], index [T, k], score [T, E]: scores of the logits (score_after: of the chosen alone) + bias, all but the topk_group best groups of experts masked, the top_k chosen, their unbiased scores normalised and scaled; tokens with mask false choose none (index 0); choice: a choice made before
 ---@param logits moe.Tensor
@@ -1883,6 +1895,195 @@ function moe.router_topk(logits, bias, mask, top_k, score, score_after, n_group,
 ---@return moe.Tensor
 ---@nodiscard
 function Tensor:router_topk(bias, mask, top_k, score, score_after, n_group, topk_group, group_top, norm_topk_prob, routed_scaling_factor, choice) end
+
+---score [T, E] -> gates [T, E]: each token's best scores, 0 elsewhere: the fewest that hold the share `mass` of the row's sum, of those above `threshold`, at least min_k (1) and at most max_k (E); each limit a number or one a token [T]; of equals the first
+---@param score moe.Tensor
+---@param mass? moe.Tensor|number
+---@param threshold? moe.Tensor|number
+---@param min_k? moe.Tensor|number
+---@param max_k? moe.Tensor|number
+---@return moe.Tensor
+---@nodiscard
+function moe.router_gates(score, mass, threshold, min_k, max_k) end
+
+---score [T, E] -> gates [T, E]: each token's best scores, 0 elsewhere: the fewest that hold the share `mass` of the row's sum, of those above `threshold`, at least min_k (1) and at most max_k (E); each limit a number or one a token [T]; of equals the first
+---@param mass? moe.Tensor|number
+---@param threshold? moe.Tensor|number
+---@param min_k? moe.Tensor|number
+---@param max_k? moe.Tensor|number
+---@return moe.Tensor
+---@nodiscard
+function Tensor:router_gates(mass, threshold, min_k, max_k) end
+
+---score [T, E] -> index [T, top_k], best first: each token takes top_k different experts and each expert floor or ceil of T top_k / E tokens, and the sum of the chosen scores is the largest possible (the exact assignment of BASE layers, arXiv 2103.16716); tokens with mask false choose none (index 0) and do not count
+---@param score moe.Tensor
+---@param mask? moe.Tensor
+---@param top_k? integer default 1
+---@return moe.Tensor
+---@nodiscard
+function moe.balanced_assignment(score, mask, top_k) end
+
+---score [T, E] -> index [T, top_k], best first: each token takes top_k different experts and each expert floor or ceil of T top_k / E tokens, and the sum of the chosen scores is the largest possible (the exact assignment of BASE layers, arXiv 2103.16716); tokens with mask false choose none (index 0) and do not count
+---@param mask? moe.Tensor
+---@param top_k? integer default 1
+---@return moe.Tensor
+---@nodiscard
+function Tensor:balanced_assignment(mask, top_k) end
+
+---logits [T, E] -> price [E], of mean 0, such that softmax(logits + price) gives each expert nearly the same share of the tokens: Sinkhorn's iteration, in logarithms, until shares are even to within tolerance, or so many times (Clark et al. 2022, arXiv 2202.01169); tokens with mask false do not count
+---@param logits moe.Tensor
+---@param mask? moe.Tensor
+---@param iterations? integer default 20
+---@param tolerance? number default 1e-3
+---@return moe.Tensor
+---@nodiscard
+function moe.sinkhorn_price(logits, mask, iterations, tolerance) end
+
+---logits [T, E] -> price [E], of mean 0, such that softmax(logits + price) gives each expert nearly the same share of the tokens: Sinkhorn's iteration, in logarithms, until shares are even to within tolerance, or so many times (Clark et al. 2022, arXiv 2202.01169); tokens with mask false do not count
+---@param mask? moe.Tensor
+---@param iterations? integer default 20
+---@param tolerance? number default 1e-3
+---@return moe.Tensor
+---@nodiscard
+function Tensor:sinkhorn_price(mask, iterations, tolerance) end
+
+---the weighted sum of chosen rows: values [N, d], index [.., k] (0: none), weight [.., k] -> [.., d]; sparse: the gradient of a leaf `values` lists the rows that were read alone
+---@param values moe.Tensor
+---@param index moe.Tensor
+---@param weight moe.Tensor
+---@param sparse? boolean default true
+---@return moe.Tensor
+---@nodiscard
+function moe.memory_mix(values, index, weight, sparse) end
+
+---the weighted sum of chosen rows: values [N, d], index [.., k] (0: none), weight [.., k] -> [.., d]; sparse: the gradient of a leaf `values` lists the rows that were read alone
+---@param index moe.Tensor
+---@param weight moe.Tensor
+---@param sparse? boolean default true
+---@return moe.Tensor
+---@nodiscard
+function Tensor:memory_mix(index, weight, sparse) end
+
+---the products with chosen rows: keys [N, d], index [.., k] (0: none, gives 0), x [.., d] -> [.., k]; sparse as in memory_mix
+---@param keys moe.Tensor
+---@param index moe.Tensor
+---@param x moe.Tensor
+---@param sparse? boolean default true
+---@return moe.Tensor
+---@nodiscard
+function moe.memory_dots(keys, index, x, sparse) end
+
+---the products with chosen rows: keys [N, d], index [.., k] (0: none, gives 0), x [.., d] -> [.., k]; sparse as in memory_mix
+---@param index moe.Tensor
+---@param x moe.Tensor
+---@param sparse? boolean default true
+---@return moe.Tensor
+---@nodiscard
+function Tensor:memory_dots(index, x, sparse) end
+
+---a [.., n], b [.., m] -> score, index [.., k]: the k largest of all n m sums a_i + b_j, in order, found among the best of each half; index: slot (i - 1) m + j; of equals the lowest slot (Lample et al. 2019, arXiv 1907.05242). f32 sums are compared exactly
+---@param a moe.Tensor
+---@param b moe.Tensor
+---@param k integer
+---@return moe.Tensor
+---@return moe.Tensor
+---@nodiscard
+function moe.product_key_topk(a, b, k) end
+
+---a [.., n], b [.., m] -> score, index [.., k]: the k largest of all n m sums a_i + b_j, in order, found among the best of each half; index: slot (i - 1) m + j; of equals the lowest slot (Lample et al. 2019, arXiv 1907.05242). f32 sums are compared exactly
+---@param b moe.Tensor
+---@param k integer
+---@return moe.Tensor
+---@return moe.Tensor
+---@nodiscard
+function Tensor:product_key_topk(b, k) end
+
+---rows of n-gram tables: ids [.., time] -> [.., time, sizes]: for n = 2 .. #multipliers and the n-th part of sizes, (m_1 id_t xor m_2 id_(t-1) xor .. m_n id_(t-n+1)) mod size in 64 bits without sign, ids from 1, 0 before the start; the tables lie one after the other (Engram, arXiv 2601.07372)
+---@param ids moe.Tensor
+---@param multipliers integer|integer[]
+---@param sizes integer|integer[]
+---@return moe.Tensor
+---@nodiscard
+function moe.ngram_hash(ids, multipliers, sizes) end
+
+---rows of n-gram tables: ids [.., time] -> [.., time, sizes]: for n = 2 .. #multipliers and the n-th part of sizes, (m_1 id_t xor m_2 id_(t-1) xor .. m_n id_(t-n+1)) mod size in 64 bits without sign, ids from 1, 0 before the start; the tables lie one after the other (Engram, arXiv 2601.07372)
+---@param multipliers integer|integer[]
+---@param sizes integer|integer[]
+---@return moe.Tensor
+---@nodiscard
+function Tensor:ngram_hash(multipliers, sizes) end
+
+---linear attention with decay, the delta rule and low-rank decays: each head keeps a state S [dk, dv]; at each time S' = diag(exp(decay)) S; S = S' + k (beta v)^T, or with delta S = S' + beta k (v - S'^T k)^T, or with a and b S = S' + b (a^T S_before) + k (beta v)^T; o = scale S^T q, or with a bonus [h, dk] scale (S_before^T q + (q . bonus k) beta v). q, k, a, b [b, t, hk, dk], v [b, t, h, dv], hk dividing h -> o [b, t, h, dv] and the last state [n, h, dk, dv]; decay (logarithms, none: 1) [h], [b, t, h] or [b, t, h, dk]; beta [b, t, h]; initial_state [n, h, dk, dv]; n = b sequences, or those that cu_seqlens [n + 1], cumulative lengths from 0, packs into a batch of 1; scale: 1 / sqrt(dk) unless given; chunk_size 1 is the plain recurrence, larger ones give the same numbers by matrix products (GLA, arXiv 2312.06635; delta rule, 2406.06484; gated, 2412.06464; RWKV-6, 2404.05892; RWKV-7, 2503.14456)
+---@param q moe.Tensor
+---@param k moe.Tensor
+---@param v moe.Tensor
+---@param decay? moe.Tensor
+---@param beta? moe.Tensor
+---@param a? moe.Tensor
+---@param b? moe.Tensor
+---@param bonus? moe.Tensor
+---@param initial_state? moe.Tensor
+---@param cu_seqlens? moe.Tensor
+---@param delta? boolean default false
+---@param scale? number
+---@param chunk_size? integer default 64
+---@return moe.Tensor
+---@return moe.Tensor
+---@nodiscard
+function moe.linear_attention(q, k, v, decay, beta, a, b, bonus, initial_state, cu_seqlens, delta, scale, chunk_size) end
+
+---linear attention with decay, the delta rule and low-rank decays: each head keeps a state S [dk, dv]; at each time S' = diag(exp(decay)) S; S = S' + k (beta v)^T, or with delta S = S' + beta k (v - S'^T k)^T, or with a and b S = S' + b (a^T S_before) + k (beta v)^T; o = scale S^T q, or with a bonus [h, dk] scale (S_before^T q + (q . bonus k) beta v). q, k, a, b [b, t, hk, dk], v [b, t, h, dv], hk dividing h -> o [b, t, h, dv] and the last state [n, h, dk, dv]; decay (logarithms, none: 1) [h], [b, t, h] or [b, t, h, dk]; beta [b, t, h]; initial_state [n, h, dk, dv]; n = b sequences, or those that cu_seqlens [n + 1], cumulative lengths from 0, packs into a batch of 1; scale: 1 / sqrt(dk) unless given; chunk_size 1 is the plain recurrence, larger ones give the same numbers by matrix products (GLA, arXiv 2312.06635; delta rule, 2406.06484; gated, 2412.06464; RWKV-6, 2404.05892; RWKV-7, 2503.14456)
+---@param k moe.Tensor
+---@param v moe.Tensor
+---@param decay? moe.Tensor
+---@param beta? moe.Tensor
+---@param a? moe.Tensor
+---@param b? moe.Tensor
+---@param bonus? moe.Tensor
+---@param initial_state? moe.Tensor
+---@param cu_seqlens? moe.Tensor
+---@param delta? boolean default false
+---@param scale? number
+---@param chunk_size? integer default 64
+---@return moe.Tensor
+---@return moe.Tensor
+---@nodiscard
+function Tensor:linear_attention(k, v, decay, beta, a, b, bonus, initial_state, cu_seqlens, delta, scale, chunk_size) end
+
+---state-space duality (Mamba-2): x [b, t, h, p], dt [b, t, h], A [h] (below 0), B and C [b, t, g, n], g groups dividing the h heads -> y [b, t, h, p] and the last state [b, h, n, p]: d = dt + dt_bias [h], through softplus if dt_softplus; S = exp(d A) S + d B x^T; y = S^T C + D x, D [h] or [h, p], times silu(z) with z [b, t, h, p]; initial_state [b, h, n, p]; cu_seqlens and chunk_size as in linear_attention (Dao and Gu 2024, arXiv 2405.21060)
+---@param x moe.Tensor
+---@param dt moe.Tensor
+---@param A moe.Tensor
+---@param B moe.Tensor
+---@param C moe.Tensor
+---@param D? moe.Tensor
+---@param z? moe.Tensor
+---@param dt_bias? moe.Tensor
+---@param initial_state? moe.Tensor
+---@param cu_seqlens? moe.Tensor
+---@param dt_softplus? boolean default false
+---@param chunk_size? integer default 64
+---@return moe.Tensor
+---@return moe.Tensor
+---@nodiscard
+function moe.ssd(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, chunk_size) end
+
+---state-space duality (Mamba-2): x [b, t, h, p], dt [b, t, h], A [h] (below 0), B and C [b, t, g, n], g groups dividing the h heads -> y [b, t, h, p] and the last state [b, h, n, p]: d = dt + dt_bias [h], through softplus if dt_softplus; S = exp(d A) S + d B x^T; y = S^T C + D x, D [h] or [h, p], times silu(z) with z [b, t, h, p]; initial_state [b, h, n, p]; cu_seqlens and chunk_size as in linear_attention (Dao and Gu 2024, arXiv 2405.21060)
+---@param dt moe.Tensor
+---@param A moe.Tensor
+---@param B moe.Tensor
+---@param C moe.Tensor
+---@param D? moe.Tensor
+---@param z? moe.Tensor
+---@param dt_bias? moe.Tensor
+---@param initial_state? moe.Tensor
+---@param cu_seqlens? moe.Tensor
+---@param dt_softplus? boolean default false
+---@param chunk_size? integer default 64
+---@return moe.Tensor
+---@return moe.Tensor
+---@nodiscard
+function Tensor:ssd(dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, chunk_size) end
 
 ---rows of dim by number: x [.., n, ..], index [k] -> [.., k, ..]
 ---@param x moe.Tensor
@@ -1971,20 +2172,22 @@ function Tensor:index_fill(dim, index, value) end
 ---@return moe.Tensor
 function Tensor:index_fill_(dim, index, value) end
 
----rows of weight [rows, features] by number: index [..] -> [.., features]; row padding_idx gets no gradient
+---rows of weight [rows, features] by number: index [..] -> [.., features]; row padding_idx gets no gradient; sparse: the gradient of a leaf lists the rows that were read alone, and optimizers leave the others
 ---@param weight moe.Tensor
 ---@param index moe.Tensor
 ---@param padding_idx? integer
+---@param sparse? boolean default false
 ---@return moe.Tensor
 ---@nodiscard
-function moe.embedding(weight, index, padding_idx) end
+function moe.embedding(weight, index, padding_idx, sparse) end
 
----rows of weight [rows, features] by number: index [..] -> [.., features]; row padding_idx gets no gradient
+---rows of weight [rows, features] by number: index [..] -> [.., features]; row padding_idx gets no gradient; sparse: the gradient of a leaf lists the rows that were read alone, and optimizers leave the others
 ---@param index moe.Tensor
 ---@param padding_idx? integer
+---@param sparse? boolean default false
 ---@return moe.Tensor
 ---@nodiscard
-function Tensor:embedding(index, padding_idx) end
+function Tensor:embedding(index, padding_idx, sparse) end
 
 ---y[i][j][k] = x[index[i][j][k]][j][k] for dim 1, and so on: index has x's rank, the result index's shape
 ---@param x moe.Tensor
@@ -2224,6 +2427,39 @@ function moe.causal_conv1d(x, weight, bias, initial_state, activation) end
 ---@return moe.Tensor
 ---@nodiscard
 function Tensor:causal_conv1d(weight, bias, initial_state, activation) end
+
+---Mamba's recurrence (Gu and Dao 2023, arXiv 2312.00752, eq. 2): h = exp(dt A) h + dt B u, y = <C, h> + D u, times silu(z); dt = delta + delta_bias, of which delta_softplus takes the softplus. u, delta, z [batch, time, channels], A [channels, states], B, C [batch, time, states] or [batch, time, groups, states], D, delta_bias [channels], state [batch, channels, states] the state before (zeros) -> y [batch, time, channels], the state after; cu_seqlens, the cumulative lengths from 0 to time, packs sequences into a batch of 1: states are then [sequences, channels, states]
+---@param u moe.Tensor
+---@param delta moe.Tensor
+---@param A moe.Tensor
+---@param B moe.Tensor
+---@param C moe.Tensor
+---@param D? moe.Tensor
+---@param z? moe.Tensor
+---@param delta_bias? moe.Tensor
+---@param delta_softplus? boolean default false
+---@param state? moe.Tensor
+---@param cu_seqlens? moe.Tensor
+---@return moe.Tensor
+---@return moe.Tensor
+---@nodiscard
+function moe.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state, cu_seqlens) end
+
+---Mamba's recurrence (Gu and Dao 2023, arXiv 2312.00752, eq. 2): h = exp(dt A) h + dt B u, y = <C, h> + D u, times silu(z); dt = delta + delta_bias, of which delta_softplus takes the softplus. u, delta, z [batch, time, channels], A [channels, states], B, C [batch, time, states] or [batch, time, groups, states], D, delta_bias [channels], state [batch, channels, states] the state before (zeros) -> y [batch, time, channels], the state after; cu_seqlens, the cumulative lengths from 0 to time, packs sequences into a batch of 1: states are then [sequences, channels, states]
+---@param delta moe.Tensor
+---@param A moe.Tensor
+---@param B moe.Tensor
+---@param C moe.Tensor
+---@param D? moe.Tensor
+---@param z? moe.Tensor
+---@param delta_bias? moe.Tensor
+---@param delta_softplus? boolean default false
+---@param state? moe.Tensor
+---@param cu_seqlens? moe.Tensor
+---@return moe.Tensor
+---@return moe.Tensor
+---@nodiscard
+function Tensor:selective_scan(delta, A, B, C, D, z, delta_bias, delta_softplus, state, cu_seqlens) end
 
 ---sum of products named by letters, as in NumPy: "bij,bjk->bik"; letters missing from the output are summed, one repeated in a term takes its diagonal, ... stands for any dims; without -> the letters that occur once, in alphabetical order
 ---@param equation string
@@ -2585,6 +2821,21 @@ function moe.argsort(x, dim, descending) end
 ---@nodiscard
 function Tensor:argsort(dim, descending) end
 
+---the thin singular value decomposition, by LAPACK's gesdd: x [.., m, n] -> U [.., m, k], S [.., k], V [.., n, k] with k = min(m, n) and x = U diag(S) V^T; columns of U and V are orthonormal, S falls from the largest; the largest element of each column of U is positive; no gradient: detach x
+---@param x moe.Tensor
+---@return moe.Tensor
+---@return moe.Tensor
+---@return moe.Tensor
+---@nodiscard
+function moe.svd(x) end
+
+---the thin singular value decomposition, by LAPACK's gesdd: x [.., m, n] -> U [.., m, k], S [.., k], V [.., n, k] with k = min(m, n) and x = U diag(S) V^T; columns of U and V are orthonormal, S falls from the largest; the largest element of each column of U is positive; no gradient: detach x
+---@return moe.Tensor
+---@return moe.Tensor
+---@return moe.Tensor
+---@nodiscard
+function Tensor:svd() end
+
 ---(x - mean) / sqrt(var + eps) * weight + bias over the last dimensions, those that weight has (one without it): x [.., n], weight, bias [n] (Ba, Kiros, Hinton 2016)
 ---@param x moe.Tensor
 ---@param weight? moe.Tensor
@@ -2616,6 +2867,51 @@ function moe.rms_norm(x, weight, eps) end
 ---@return moe.Tensor
 ---@nodiscard
 function Tensor:rms_norm(weight, eps) end
+
+---PolyReLU: sum_i a_i max(x, 0)^i, i = 0 .. terms - 1: x [.., n], a [terms], or [.., terms] with the coefficients of each row -> [.., n] (Zhuo et al. 2024, arXiv 2411.03884)
+---@param x moe.Tensor
+---@param a moe.Tensor
+---@return moe.Tensor
+---@nodiscard
+function moe.poly_relu(x, a) end
+
+---PolyReLU: sum_i a_i max(x, 0)^i, i = 0 .. terms - 1: x [.., n], a [terms], or [.., terms] with the coefficients of each row -> [.., n] (Zhuo et al. 2024, arXiv 2411.03884)
+---@param a moe.Tensor
+---@return moe.Tensor
+---@nodiscard
+function Tensor:poly_relu(a) end
+
+---PolyNorm: a_0 + sum_i a_i x^i / sqrt(mean(x^2i) + eps), i = 1 .. terms - 1, the mean over the last dimension: x [.., n], a [terms], or [.., terms] with the coefficients of each row -> [.., n] (Zhuo et al. 2024, arXiv 2411.03884)
+---@param x moe.Tensor
+---@param a moe.Tensor
+---@param eps? number default 1e-6
+---@return moe.Tensor
+---@nodiscard
+function moe.poly_norm(x, a, eps) end
+
+---PolyNorm: a_0 + sum_i a_i x^i / sqrt(mean(x^2i) + eps), i = 1 .. terms - 1, the mean over the last dimension: x [.., n], a [terms], or [.., terms] with the coefficients of each row -> [.., n] (Zhuo et al. 2024, arXiv 2411.03884)
+---@param a moe.Tensor
+---@param eps? number default 1e-6
+---@return moe.Tensor
+---@nodiscard
+function Tensor:poly_norm(a, eps) end
+
+---x rounded to s times the whole numbers -levels .. levels, halves to even; s over the last `dims` dimensions: max |x| / levels, or mean |x| (levels = 1: ternary weights of BitNet b1.58, arXiv 2402.17764). The gradient passes straight through (Bengio et al. 2013, arXiv 1308.3432)
+---@param x moe.Tensor
+---@param levels? integer default 127
+---@param scale? "absmax"|"absmean" default absmax
+---@param dims? integer default 1
+---@return moe.Tensor
+---@nodiscard
+function moe.fake_quantize(x, levels, scale, dims) end
+
+---x rounded to s times the whole numbers -levels .. levels, halves to even; s over the last `dims` dimensions: max |x| / levels, or mean |x| (levels = 1: ternary weights of BitNet b1.58, arXiv 2402.17764). The gradient passes straight through (Bengio et al. 2013, arXiv 1308.3432)
+---@param levels? integer default 127
+---@param scale? "absmax"|"absmean" default absmax
+---@param dims? integer default 1
+---@return moe.Tensor
+---@nodiscard
+function Tensor:fake_quantize(levels, scale, dims) end
 
 ---logits x [.., C], target [..] class numbers (or probabilities [.., C]) -> -log softmax(x)[target]; the classes lie in the last dimension; mean is weighted by weight[target]; targets equal to ignore_index (compared as given) count nothing
 ---@param x moe.Tensor
@@ -2739,7 +3035,7 @@ function Tensor:bce_with_logits(target, reduction) end
 ---x [.., in_features] -> x weight^T + bias [.., out_features]; weight [out_features, in_features] from U(-r, r), r = 1 / sqrt(in_features)
 function nn.linear(options, ...) end
 
----ids [..] counting from 1 -> their rows of weight [num_embeddings, embedding_dim]; weight from N(0, 1); the row padding_idx gets no gradient
+---ids [..] counting from 1 -> their rows of weight [num_embeddings, embedding_dim]; weight from N(0, 1); the row padding_idx gets no gradient; sparse: a step costs the rows that it reads, the others and their optimizer state stay as they are
 function nn.embedding(options, ...) end
 
 ---in training, each element is 0 with probability p, else x / (1 - p); in evaluation x itself
@@ -2751,10 +3047,10 @@ function nn.layernorm(options, ...) end
 ---x / sqrt(mean(x^2) + eps) * weight over the last dimension: x [.., size], weight [size]
 function nn.rmsnorm(options, ...) end
 
----multi-head attention: x [batch, time, d_model] -> the same; num_kv_heads < num_heads groups heads; attn_mask broadcasts to [batch, num_heads, time, keys], bool (true: may attend) or added to the scores; cu_seqlens [n + 1], cumulative lengths from 0, packs sequences into a batch of 1; the state holds the keys and values so far [batch, num_kv_heads, time, head_dim]
+---multi-head attention: x [batch, time, d_model] -> the same; num_kv_heads < num_heads groups heads; window: a position sees only those less than so far away; attn_mask broadcasts to [batch, num_heads, time, keys], bool (true: may attend) or added to the scores; relative [num_heads or 1, 2 n - 1], added to a score by the key's distance from the query, the middle for none, the ends beyond (moe.nn.relative.*); cu_seqlens [n + 1], cumulative lengths from 0, packs sequences into a batch of 1; the state holds the keys and values so far [batch, num_kv_heads, time, head_dim]; rope_scaling as scaling of moe.rope; cross: keys and values of ctx.memory [batch, positions, d_model] (packed by cu_seqlens_memory), not causal, kept in the state once made
 function nn.attention(options, ...) end
 
----multi-head attention: x [batch, time, d_model] -> the same; num_kv_heads < num_heads groups heads; attn_mask broadcasts to [batch, num_heads, time, keys], bool (true: may attend) or added to the scores; cu_seqlens [n + 1], cumulative lengths from 0, packs sequences into a batch of 1; the state holds the keys and values so far [batch, num_kv_heads, time, head_dim]
+---multi-head attention: x [batch, time, d_model] -> the same; num_kv_heads < num_heads groups heads; window: a position sees only those less than so far away; attn_mask broadcasts to [batch, num_heads, time, keys], bool (true: may attend) or added to the scores; relative [num_heads or 1, 2 n - 1], added to a score by the key's distance from the query, the middle for none, the ends beyond (moe.nn.relative.*); cu_seqlens [n + 1], cumulative lengths from 0, packs sequences into a batch of 1; the state holds the keys and values so far [batch, num_kv_heads, time, head_dim]; rope_scaling as scaling of moe.rope; cross: keys and values of ctx.memory [batch, positions, d_model] (packed by cu_seqlens_memory), not causal, kept in the state once made
 function mixer.attention(options, ...) end
 
 ---the dense feed-forward network: x [.., d_model] -> act(x up_proj^T) down_proj^T [.., d_model]; swiglu, geglu and reglu: act(first half) * second half of x gate_up_proj^T, gate_up_proj [2 intermediate_size, d_model]; intermediate_size defaults to 4 d_model
@@ -3572,6 +3868,9 @@ function Routing:max_over_mean(routing) end
 
 ---What a token's experts have, mixed by their weights: v [E, n] -> [T, n], row t being the sum over its experts e of w_te v_e.
 function Routing:mix(routing, v) end
+
+---the assignments of those experts alone, over the same tokens and weights; they are experts 1, 2, ... of the result. Of a soft routing: over its slots
+function Routing:pick(...) end
 
 ---The mean entropy of the tokens' probabilities, in nats: how undecided the router is. nil without probs.
 function Routing:token_entropy(routing) end
