@@ -2,7 +2,7 @@
 #include "cpu/tile_real.h"
 
 /* A block of scores: queries q0 .. of one head with keys k0 ... Row i has the columns [from[i], to[i]) of KEYS, a tile of
-** ROWS rows the columns [low, high); what lies outside of a row but in whole panels of its tile is 0 as a weight. */
+** ROWS rows the columns [low, high); what lies outside of a row but in whole vectors of its tile is 0 as a weight. */
 typedef struct R(block) {
   int64_t b, h, q0, rows, k0, n, tiles;
   int64_t from[QUERIES], to[QUERIES], low[QUERIES / R(ROWS)], high[QUERIES / R(ROWS)];
@@ -24,7 +24,7 @@ static void R(narrow)(const R(block) * k, const moe_attention *a, int64_t i, int
 /* Whether any query of the block sees any of its keys. */
 static bool R(start)(R(block) * k, const moe_attention *a, int64_t b, int64_t h, int64_t q0, int64_t rows, int64_t k0, int64_t n) {
   const int64_t *seen = seen_of(a, b, h);
-  *k = (R(block)){.b = b, .h = h, .q0 = q0, .rows = rows, .k0 = k0, .n = n, .tiles = (rows + R(ROWS) - 1) / R(ROWS)};
+  k->b = b, k->h = h, k->q0 = q0, k->rows = rows, k->k0 = k0, k->n = n, k->tiles = (rows + R(ROWS) - 1) / R(ROWS);
   bool any = false;
   for (int64_t r = 0; r < k->tiles; r++) {
     int64_t low = n, high = 0;
@@ -43,18 +43,25 @@ static bool R(start)(R(block) * k, const moe_attention *a, int64_t b, int64_t h,
   return any;
 }
 
-static inline int64_t R(panel)(int64_t column) { return column / R(WIDE) * R(WIDE); }
+static inline int64_t R(down)(int64_t column) { return column / R(VL) * R(VL); }
 
-/* p [QUERIES, KEYS] <- rows of x (stride ldx) with panels of width `inner`, where the tiles want it. */
+/* p [QUERIES, KEYS] <- rows of x (stride ldx) with panels of width `inner`, in the whole vectors that the tiles want. */
 static void R(products)(const R(block) * k, REAL *p, const REAL *x, int64_t ldx, const REAL *panels, int64_t inner) {
-  for (int64_t at = 0; at < k->n; at += R(WIDE))
-    for (int64_t r = 0; r < k->tiles; r++)
-      if (at < k->high[r] && at + R(WIDE) > k->low[r])
-        R(tile)(R(ROWS), 2, inner, p + r * R(ROWS) * KEYS + at, KEYS, x + r * R(ROWS) * ldx, ldx, 1, panels + at * inner,
-                R(WIDE), false);
+  for (int64_t at = 0; at < k->n; at += R(WIDE), panels += inner * R(WIDE))
+    for (int64_t r = 0; r < k->tiles; r++) {
+      REAL *y = p + r * R(ROWS) * KEYS + at;
+      const REAL *a = x + r * R(ROWS) * ldx;
+      bool left = k->low[r] < at + R(VL) && k->high[r] > at, right = k->low[r] < at + R(WIDE) && k->high[r] > at + R(VL);
+      if (left && right)
+        R(tile)(R(ROWS), 2, inner, y, KEYS, a, ldx, 1, panels, R(WIDE), false);
+      else if (left)
+        R(tile)(R(ROWS), 1, inner, y, KEYS, a, ldx, 1, panels, R(WIDE), false);
+      else if (right)
+        R(tile)(R(ROWS), 1, inner, y + R(VL), KEYS, a, ldx, 1, panels + R(VL), R(WIDE), false);
+    }
 }
 
-/* Adds the masks; columns of the row's panels that it does not see are -infinity. */
+/* Adds the masks; columns of [begin, end) that the row does not see are -infinity. */
 static void R(mask_row)(const R(block) * k, const moe_attention *a, int64_t i, REAL *restrict p, int64_t begin, int64_t end) {
   int64_t from = k->from[i], to = k->to[i], query = k->q0 + i;
   bool some = from < to; /* rows beyond the last query have none */
@@ -139,13 +146,14 @@ static bool R(forward)(const moe_attention *a, int64_t b, int64_t h, int64_t q0,
   for (int64_t k0 = begin; k0 < end; k0 += KEYS) {
     int64_t n = MOE_MIN(KEYS, end - k0);
     R(pack_panels)(panels, keys + k0 * a->sk[2], a->sk[2], n, d);
-    bool finite = R(pack_rows)(values, wv, v + k0 * a->sv[2], a->sv[2], n, dv, 1);
+    R(pack_rows)(values, wv, v + k0 * a->sv[2], a->sv[2], n, dv, 1);
+    bool finite = R(finite)(values, n * wv);
     for (int64_t first = 0; first < count; first += QUERIES) {
       R(block) k;
       if (!R(start)(&k, a, b, h, q0 + first, MOE_MIN(QUERIES, count - first), k0, n)) continue;
       R(products)(&k, p, queries + first * d, d, panels, d);
       for (int64_t r = 0; r < k.tiles; r++) {
-        int64_t low = R(panel)(k.low[r]), high = R(whole)(k.high[r], R(VL)), tile = first / R(ROWS) + r;
+        int64_t low = R(down)(k.low[r]), high = R(whole)(k.high[r], R(VL)), tile = first / R(ROWS) + r;
         if (k.low[r] >= k.high[r]) continue;
         for (int64_t i = r * R(ROWS); i < (r + 1) * R(ROWS); i++) {
           REAL *s = p + i * KEYS, *now = max + first + i;
@@ -217,14 +225,15 @@ static void R(backward_block)(const attention_job *j, const R(held) * m, const R
   int64_t d = a->d, dv = a->dv, w = R(whole)(d, R(VL)), wv = R(whole)(dv, R(VL)), q0 = k->q0, padded = k->tiles * R(ROWS);
   const REAL *q = R(head)(a->q, a->sq, k->b, k->h) + q0 * a->sq[2], *y = R(head)(a->y, a->sy, k->b, k->h) + q0 * a->sy[2];
   const REAL *g = R(head)(j->g->g, j->g->sg, k->b, k->h) + q0 * j->g->sg[2], *lse = (const REAL *)a->lse + (k->b * a->h + k->h) * a->t + q0;
-  bool finite = R(pack_rows)(m->queries, w, q, a->sq[2], k->rows, d, (REAL)a->scale);
-  finite = R(pack_rows)(m->g, wv, g, j->g->sg[2], k->rows, dv, 1) && finite && m->finite;
+  R(pack_rows)(m->queries, w, q, a->sq[2], k->rows, d, (REAL)a->scale);
+  R(pack_rows)(m->g, wv, g, j->g->sg[2], k->rows, dv, 1);
+  bool finite = m->finite && R(finite)(m->queries, k->rows * w) && R(finite)(m->g, k->rows * wv);
   for (int64_t i = k->rows * w; i < padded * w; i++) m->queries[i] = 0;
   for (int64_t i = k->rows * wv; i < padded * wv; i++) m->g[i] = 0;
   R(products)(k, m->p, m->queries, w, m->key_panels, d);
   R(products)(k, m->dp, m->g, wv, m->value_panels, dv);
   for (int64_t i = 0; i < padded; i++) {
-    int64_t r = i / R(ROWS), low = R(panel)(k->low[r]), high = R(whole)(k->high[r], R(VL));
+    int64_t r = i / R(ROWS), low = R(down)(k->low[r]), high = R(whole)(k->high[r], R(VL));
     if (k->low[r] >= k->high[r]) continue;
     REAL *restrict p = m->p + i * KEYS;
     R(mask_row)(k, a, i, p, low, high);
@@ -240,10 +249,10 @@ static void R(backward_block)(const attention_job *j, const R(held) * m, const R
       if (first == last) continue;
       /* between them all rows hold weights: those of tiles that see none of these keys are not zero yet */
       for (int64_t r = first; r < last; r++)
-        if (pass == 0 && (c < R(panel)(k->low[r]) || c + R(ROWS) > R(whole)(k->high[r], R(VL))))
+        if (pass == 0 && (c < R(down)(k->low[r]) || c + R(ROWS) > R(whole)(k->high[r], R(VL))))
           for (int64_t i = r * R(ROWS); i < (r + 1) * R(ROWS); i++)
             for (int64_t o = c; o < c + R(ROWS); o++)
-              if (o < R(panel)(k->low[r]) || o >= R(whole)(k->high[r], R(VL))) m->p[i * KEYS + o] = 0;
+              if (o < R(down)(k->low[r]) || o >= R(whole)(k->high[r], R(VL))) m->p[i * KEYS + o] = 0;
       int64_t row = first * R(ROWS), rows = (last - first) * R(ROWS);
       if (pass == 0)
         R(strip)(rows, wv, m->dv + c * wv, wv, m->p + row * KEYS + c, 1, KEYS, m->g + row * wv, wv, true);
@@ -252,7 +261,7 @@ static void R(backward_block)(const attention_job *j, const R(held) * m, const R
     }
     if (pass == 1) break;
     for (int64_t i = 0; i < k->rows; i++) {
-      int64_t r = i / R(ROWS), low = R(panel)(k->low[r]), high = R(whole)(k->high[r], R(VL));
+      int64_t r = i / R(ROWS), low = R(down)(k->low[r]), high = R(whole)(k->high[r], R(VL));
       REAL *restrict p = m->p + i * KEYS, *restrict dp = m->dp + i * KEYS, delta = 0;
       const REAL *restrict gi = m->g + i * wv, *restrict yi = y + i * a->sy[2];
 #pragma omp simd reduction(+ : delta)
@@ -319,12 +328,13 @@ static bool R(backward)(const attention_job *j, int64_t b, int64_t hk, int64_t p
         R(block) block;
         if (!R(start)(&block, a, b, h, q0, MOE_MIN(QUERIES, j->last - q0), k0, n)) continue;
         if (!packed) {
-          m.finite = R(pack_rows)(m.keys, w, k + k0 * a->sk[2], a->sk[2], n, d, 1);
-          m.finite = R(pack_rows)(m.dv, wv, v + k0 * a->sv[2], a->sv[2], n, dv, 1) && m.finite; /* for the check alone */
+          R(pack_rows)(m.keys, w, k + k0 * a->sk[2], a->sk[2], n, d, 1);
           R(pack_panels)(m.key_panels, k + k0 * a->sk[2], a->sk[2], n, d);
           R(pack_panels)(m.value_panels, v + k0 * a->sv[2], a->sv[2], n, dv);
-          for (int64_t i = 0; i < KEYS * w; i++) m.dk[i] = 0;
-          for (int64_t i = 0; i < KEYS * wv; i++) m.dv[i] = 0;
+          int64_t padded = R(whole)(n, R(ROWS));
+          m.finite = R(finite)(m.keys, n * w) && R(finite)(m.value_panels, R(whole)(n, R(WIDE)) * dv);
+          for (int64_t i = 0; i < padded * w; i++) m.dk[i] = 0;
+          for (int64_t i = 0; i < padded * wv; i++) m.dv[i] = 0;
           packed = true;
         }
         R(backward_block)(j, &m, &block, drelative);

@@ -54,38 +54,48 @@ static void R(strip)(int64_t n, int64_t width, REAL *y, int64_t ldy, const REAL 
   if (at < width) R(tile)(R(ROWS), 1, n, y + at, ldy, a, so, si, x + at, ldx, add);
 }
 
-/* [n, width] with rows of `to` columns <- rows of x (stride ldx) times `by`, zeros behind them; whether all are finite. */
-static bool R(pack_rows)(REAL *restrict y, int64_t to, const REAL *x, int64_t ldx, int64_t n, int64_t width, REAL by) {
+/* Whether all of x [n] are finite. */
+static bool R(finite)(const REAL *x, int64_t n) {
   REAL probe = 0;
+#pragma omp simd reduction(+ : probe)
+  for (int64_t i = 0; i < n; i++) probe += x[i] * 0;
+  return probe == 0;
+}
+
+/* [n, width] with rows of `to` columns <- rows of x (stride ldx) times `by`, zeros behind them. */
+static void R(pack_rows)(REAL *restrict y, int64_t to, const REAL *x, int64_t ldx, int64_t n, int64_t width, REAL by) {
   for (int64_t i = 0; i < n; i++) {
     const REAL *restrict xi = x + i * ldx;
     REAL *restrict yi = y + i * to;
-#pragma omp simd reduction(+ : probe)
-    for (int64_t c = 0; c < width; c++) {
-      yi[c] = xi[c] * by;
-      probe += xi[c] * 0;
-    }
+    for (int64_t c = 0; c < width; c++) yi[c] = xi[c] * by;
     for (int64_t c = width; c < to; c++) yi[c] = 0;
   }
-  return probe == 0;
+}
+
+/* Four columns of four rows, turned. */
+static inline void R(turn)(REAL *restrict y, int64_t ldy, const REAL *x, int64_t ldx) {
+#if defined __has_builtin && !defined MOE_NO_SHUFFLE
+  typedef REAL quad __attribute__((vector_size(4 * sizeof(REAL)), aligned(sizeof(REAL)), may_alias));
+  quad a = *(const quad *)x, b = *(const quad *)(x + ldx), c = *(const quad *)(x + 2 * ldx), d = *(const quad *)(x + 3 * ldx);
+  quad ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+  *(quad *)y = __builtin_shufflevector(ab, cd, 0, 1, 4, 5);
+  *(quad *)(y + ldy) = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+  ab = __builtin_shufflevector(a, b, 2, 6, 3, 7), cd = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  *(quad *)(y + 2 * ldy) = __builtin_shufflevector(ab, cd, 0, 1, 4, 5);
+  *(quad *)(y + 3 * ldy) = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+#else
+  for (int64_t c = 0; c < 4; c++)
+    for (int64_t r = 0; r < 4; r++) y[c * ldy + r] = x[r * ldx + c];
+#endif
 }
 
 /* Panels [n / WIDE][width][WIDE] <- the transpose of rows of x, zeros beyond n. */
 static void R(pack_panels)(REAL *restrict y, const REAL *x, int64_t ldx, int64_t n, int64_t width) {
   for (int64_t p = 0; p < n; p += R(WIDE), y += width * R(WIDE))
     for (int64_t l = 0; l < R(WIDE); l += 4) {
-      if (p + l + 4 <= n) {
-        const REAL *x0 = x + (p + l) * ldx, *x1 = x0 + ldx, *x2 = x1 + ldx, *x3 = x2 + ldx;
-        for (int64_t c = 0; c < width; c++) {
-          REAL *to = y + c * R(WIDE) + l;
-          to[0] = x0[c];
-          to[1] = x1[c];
-          to[2] = x2[c];
-          to[3] = x3[c];
-        }
-        continue;
-      }
-      for (int64_t c = 0; c < width; c++)
+      int64_t c = 0;
+      for (; c + 4 <= width && p + l + 4 <= n; c += 4) R(turn)(y + c * R(WIDE) + l, R(WIDE), x + (p + l) * ldx + c, ldx);
+      for (; c < width; c++)
         for (int64_t r = l; r < l + 4; r++) y[c * R(WIDE) + r] = p + r < n ? x[(p + r) * ldx + c] : 0;
     }
 }
