@@ -253,6 +253,19 @@ describe("attention", function()
     end)
   end
 
+  it("takes masks with holes of whole blocks", function()
+    moe.manual_seed(6)
+    local rng = helper.random(6)
+    for _, mask in ipairs {
+      moe.nn.masks.bigbird(300, { block_size = 20, num_random = 1 }), moe.nn.masks.block(300, 300, 70, false),
+      moe.nn.masks.dilated(300, 300, { window = 4, dilation = 30, causal = false }), moe.zeros({ 300, 300 }, { dtype = "bool" }),
+    } do
+      local q, k, v = random(rng, { 1, 2, 300, 3 }), random(rng, { 1, 1, 300, 3 }), random(rng, { 1, 1, 300, 2 })
+      compare(q, k, v, { mask = mask }, 1e-11)
+      compare(q, k, v, { mask = mask, causal = true }, 1e-11)
+    end
+  end)
+
   it("adds up the keys of few heads in parts, in the same order for 1 and 2 threads", function()
     local before = moe.threads()
     finally(function() moe.threads(before) end)
