@@ -221,7 +221,8 @@ describe("lm", function()
     assert.error_matches(function() lm { vocab_size = 3, d_model = 4 } end, "is missing")
     assert.error_matches(function() lm { vocab_size = 3, d_model = 4, num_layers = 1 } end, "needs max_seq_len")
     for _, bad in ipairs { { vocab_size = 0 }, { d_model = -1 }, { num_layers = -1 }, { positional = "absolute" }, { dropout = 1 },
-      { mixer = { "attention", "attention", "attention" } }, { mixer = "mambo" }, { ffn = "none at all" }, { ffn = "moe" }, { init = "nope" }, { num_heads = 3 },
+      { mixer = { "attention", "attention", "attention" } }, { mixer = "mambo" }, { ffn = "none at all" }, { ffn = "moe" },
+      { init = "nope" }, { num_heads = 3 },
       { d_model = 8.5 } } do
       assert.has_error(function() lm(merge(SMALL, bad)) end)
     end

@@ -100,7 +100,9 @@ end
 -- `name` is for the error where ctx has no step.
 function M.now(value, ctx, name)
   if type(value) ~= "function" then return value end
-  if type(ctx) ~= "table" or not ctx.step then error((type(name) == "string" and name or "the value") .. " is a function of the step, but ctx has no step (schedule.now)", 0) end
+  if type(ctx) ~= "table" or not ctx.step then
+    error((type(name) == "string" and name or "the value") .. " is a function of the step, but ctx has no step (schedule.now)", 0)
+  end
   return value(ctx.step, ctx.layer_number)
 end
 
