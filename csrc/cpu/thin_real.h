@@ -5,21 +5,9 @@
 ** element of a result written once. Rows may be given by pointer, so that tokens need not be gathered.
 ** All sums run in an order that the sizes alone fix.
 */
-#ifndef MOE_VEC_BYTES
-#if defined __AVX512F__
-#define MOE_VEC_BYTES 64
-#elif defined __AVX__
-#define MOE_VEC_BYTES 32
-#else
-#define MOE_VEC_BYTES 16
-#endif
-#if defined __AVX512F__ || defined __aarch64__
-#define MOE_VEC_REGISTERS 32
-#else
-#define MOE_VEC_REGISTERS 16
-#endif
-#endif
-typedef REAL R(vec) __attribute__((vector_size(MOE_VEC_BYTES), aligned(sizeof(REAL)), may_alias));
+#include "cpu/vec.h"
+
+typedef REAL R(vec) MOE_VEC_OF(REAL);
 enum {
   R(VL) = MOE_VEC_BYTES / (int)sizeof(REAL), /* elements of a vector */
   R(MIX_V) = 3,                              /* the tile of mix: vectors of a row, */

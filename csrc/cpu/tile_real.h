@@ -2,22 +2,9 @@
 ** included. Everything is padded: rows of a result in steps of ROWS, their width in whole vectors, so that no product has
 ** a remainder. The order of every sum is that of its index.
 */
-#ifndef MOE_VEC_BYTES
-#if defined __AVX512F__
-#define MOE_VEC_BYTES 64
-#elif defined __AVX__
-#define MOE_VEC_BYTES 32
-#else
-#define MOE_VEC_BYTES 16
-#endif
-#if defined __AVX512F__ || defined __aarch64__
-#define MOE_VEC_REGISTERS 32
-#else
-#define MOE_VEC_REGISTERS 16
-#endif
-#endif
+#include "cpu/vec.h"
 
-typedef REAL R(vec) __attribute__((vector_size(MOE_VEC_BYTES), aligned(sizeof(REAL)), may_alias));
+typedef REAL R(vec) MOE_VEC_OF(REAL);
 enum {
   R(VL) = MOE_VEC_BYTES / (int)sizeof(REAL), /* elements of a vector */
   R(WIDE) = 2 * R(VL),                  /* columns of a tile, and of a panel */
