@@ -20,9 +20,10 @@ def scan():
     decay = torch.exp(torch.einsum("bld,dn->bldn", dt, A))
     fed = torch.einsum("bld,bln,bld->bldn", dt, B, u)
     h, out = u.new_zeros(batch, channels, states), []
-    for t in range(length):
-        h = decay[:, t] * h + fed[:, t]
-        out.append(torch.einsum("bdn,bn->bd", h, C[:, t]))
+    # unbind: the gradient of an index would fill a whole tensor at every step
+    for a, b, c in zip(decay.unbind(1), fed.unbind(1), C.unbind(1)):
+        h = a * h + b
+        out.append(torch.einsum("bdn,bn->bd", h, c))
     return (torch.stack(out, 1) + u * D) * torch.nn.functional.silu(z)
 
 

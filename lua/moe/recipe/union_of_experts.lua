@@ -15,7 +15,7 @@ local M = {
   title = "Union of Experts", paper = "arXiv 2503.02495", number = 11,
   claim = "all experts and patches on = the dense model; lower loss than a top-k mixture at fewer operations",
   outcome = "identities exact; at 76 % of the operations 2.534 against 2.545 (150 steps, three seeds), but 2.37 against 2.25 " ..
-    "after 500 steps: not reproduced for longer training",
+    "after 500 steps: not reproduced for longer training; on generated sentences 1.46 against 1.17 after 150",
 }
 
 local function router(top_k, share, o)
